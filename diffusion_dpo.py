@@ -430,6 +430,18 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def loader(pairs, keys, cfg, device):
+    """Batches of `pairs`, one for each list in `keys`, made ahead by worker processes."""
+    return torch.utils.data.DataLoader(
+        pairs, sampler=keys, batch_size=None,  # a "sample" is a whole micro-batch
+        num_workers=min(cfg.workers, os.cpu_count()), worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda")
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16")
+
+
 def train(task, cfg):
     """Trains task.policy by dpo_loss: the toy or SDXL, on one process or, under torchrun, on many.
 
@@ -449,10 +461,7 @@ def train(task, cfg):
         policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     rows = start_run(task, cfg, start) if rank == 0 else []
     keys = pair_keys(len(task.pairs), cfg, start, rank, world)
-    batches = iter(torch.utils.data.DataLoader(
-        task.pairs, sampler=keys, batch_size=None,  # a "sample" is a whole micro-batch
-        num_workers=min(cfg.workers, os.cpu_count()), worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda"))
+    batches = iter(loader(task.pairs, keys, cfg, device))
     signals = []
     before = [signal.signal(s, lambda number, frame: signals.append(number)) for s in STOPPING]
     bar = tqdm(initial=start * cfg.batch, total=cfg.steps * cfg.batch, unit=" pairs",
@@ -488,9 +497,11 @@ def train(task, cfg):
             # Gradients are exchanged once a step; no_sync must hold for the forward pass too.
             exchange = world == 1 or micro == accumulation - 1
             with nullcontext() if exchange else policy.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                with autocast(cfg, device):
                     errors = pair_errors(task, x_w, x_l, t.to(device), eps.to(device), cond, policy)
                 losses, reward_w, reward_l = dpo_loss(*errors, cfg.beta, cfg.gamma)
+                if cfg.method == "sft":  # the rejected half is then measured only
+                    losses = 2 * errors[0]  # for images the mean squared error
                 (losses.mean() / accumulation).backward()
             logit = reward_w - reward_l  # (B,)
             right = (logit > 0) + 0.5 * (logit == 0)  # a tie is half right: 1/2 at step 0, not 0
@@ -521,9 +532,13 @@ def train(task, cfg):
         if rank > 0:
             continue
         if step == 0:
-            log_2 = "it must be log 2 = 0.6931, as policy = reference"
-            margin = f"not log 2: the margin has std {row['logit_std']:.2f} (up to 1 is fine: ours)"
-            bar.write(f"step 0      loss {row['loss']:.4f}; {margin if cfg.gamma else log_2}")
+            about = "it must be log 2 = 0.6931, as policy = reference"
+            if cfg.gamma:
+                std = row["logit_std"]
+                about = f"not log 2: the margin has std {std:.2f} (up to 1 is fine: ours)"
+            if cfg.method == "sft":
+                about = "the reference's error on the preferred halves"
+            bar.write(f"step 0      loss {row['loss']:.4f}; {about}")
         latest = f"loss {row['loss']:.3f}, acc {row['reward_accuracy']:.2f}"
         bar.set_postfix_str(latest, refresh=False)
         if step % cfg.log_every == 0 or done == cfg.steps:
@@ -563,41 +578,50 @@ COLUMNS = (  # caption, two images, label of the first image (None: it is the pr
     ("prompt", "preferred", "rejected", None))  # pairs.jsonl
 
 
-def load_pairs(data, split):
-    """--data as a datasets.Dataset, its entry of COLUMNS, and the number of ties it had.
+def contains(cells, value):
+    return [value in str(cell) for cell in cells]
 
-    Ties are dropped by their labels: no image is decoded. Raises Refusal with what is wrong.
+
+def load_pairs(data, split, where=None):
+    """--data as a datasets.Dataset, its columns (caption, first, second image), and for each row
+    the label: 1 if the first image is preferred, 0 if the second is, 0.5 or None for a tie.
+
+    `where`: "column=value,...", rows are kept if each column contains its value. No image is
+    decoded. Raises Refusal with what is wrong.
     """
     import datasets
-    path, jsonl = Path(data), Path(data) / "pairs.jsonl"
+    path, jsonl, name = Path(data), Path(data) / "pairs.jsonl", split.partition("[")[0]
     try:
         if jsonl.is_file():
-            table = datasets.load_dataset("json", data_files={split: str(jsonl)}, split=split)
+            table = datasets.load_dataset("json", data_files={name: str(jsonl)}, split=split)
         elif path.is_file():
-            table = datasets.load_dataset("parquet", data_files={split: data}, split=split)
+            table = datasets.load_dataset("parquet", data_files={name: data}, split=split)
         else:  # a folder of parquet files or a hub id
             table = datasets.load_dataset(data, split=split)
     except Exception as error:  # what can go wrong in there has no common base class
         absent = "" if path.exists() else "no such file or folder, and as a hub id: "
         raise Refusal(f"--data {data}: {absent}{first_line(error)}") from error
+    have = ", ".join(table.column_names)
     fitting = [c for c in COLUMNS if set(c) - {None} <= set(table.column_names)]
     if not fitting:
         known = " or ".join(", ".join(filter(None, columns)) for columns in COLUMNS)
-        have = ", ".join(table.column_names)
         raise Refusal(f"--data {data}: has the columns {have}; they should be {known}")
-    _, first, second, label = fitting[0]
+    for condition in where.split(",") if where else []:
+        column, equals, value = condition.partition("=")
+        if not equals or column not in table.column_names:
+            raise Refusal(f"--where {condition}: it should be column=value; the columns are {have}")
+        table = table.filter(contains, input_columns=column, batched=True,
+                             fn_kwargs={"value": value})
+    *columns, label = fitting[0]
     labels = table[label][:] if label else [1] * len(table)
     if odd := set(labels) - {0, 0.5, 1, None}:
         raise Refusal(f"--data {data}: {label} holds {odd.pop()!r}; it should be 0, 0.5 or 1")
-    untied = [row for row, value in enumerate(labels) if value in (0, 1)]
-    if not untied:
-        raise Refusal(f"--data {data}: all {len(labels)} pairs are ties, nothing to learn from")
     try:
-        for column in (first, second):
+        for column in columns[1:]:
             table = table.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise Refusal(f"--data {data}: column {column} does not hold images") from error
-    return table.select(untied), fitting[0], len(labels) - len(untied)
+    return table, columns, labels
 
 
 def read_image(value, root):
@@ -637,17 +661,22 @@ def fit_image(image, size, u, v, flip):
 class ImagePairs:
     """Preference pairs for Stable Diffusion, decoded as they are asked for."""
 
-    def __init__(self, cfg):
-        self.table, self.columns, ties = load_pairs(cfg.data, cfg.split)
+    def __init__(self, cfg, split):
+        table, self.columns, labels = load_pairs(cfg.data, split, cfg.where)
+        untied = [row for row, label in enumerate(labels) if label in (0, 1)]
+        if not untied:
+            raise Refusal(f"--data {cfg.data}: of {len(labels)} pairs in split {split} none is left"
+                          " that is no tie; nothing to learn from")
+        self.table, self.labels = table.select(untied), [labels[row] for row in untied]
         self.cfg, self.root = cfg, Path(cfg.data)
         captions = self.table.select_columns(self.columns[0])  # unique() copies all columns it has
         self.prompts = [prompt or "" for prompt in captions.unique(self.columns[0])]
-        named = ", ".join(filter(None, self.columns))
         other = " (not the paper's Pick-a-Pic v2)" if cfg.data == DEFAULT_DATA else ""
+        where = f" where {cfg.where}" if cfg.where else ""
         self.facts = {
-            "data": f"{cfg.data}{other}, split {cfg.split}, columns {named}",
-            "pairs": f"{len(self):,} after dropping {ties:,} ties; {len(self.prompts):,} unique"
-                     " prompts (paper: 851,293; 12 % ties; 58,960)"}
+            "data": f"{cfg.data}{other}, split {split}{where}, columns {', '.join(self.columns)}",
+            "pairs": f"{len(self):,} after dropping {len(labels) - len(self):,} ties;"
+                     f" {len(self.prompts):,} unique prompts (paper: 851,293; 12 % ties; 58,960)"}
 
     def __len__(self):
         return len(self.table)
@@ -655,8 +684,9 @@ class ImagePairs:
     def pair(self, epoch, row):
         """(prompt, (pixels, time_ids) of x_w, the same of x_l). Raises ValueError if unreadable."""
         values = self.table[row]
-        caption, first, second, label = self.columns
-        sides = (second, first) if label and values[label] == 0 else (first, second)
+        caption, *sides = self.columns
+        if self.labels[row] == 0:
+            sides.reverse()  # preferred first
         # Drawn once, for both images: the pair shares its noise, so let it share its geometry.
         gen = generator(self.cfg.seed, "augment", epoch, row)
         u, v, flip, drop = torch.rand(4, generator=gen).tolist()
@@ -737,7 +767,7 @@ def make_stable_diffusion(cfg, device):
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pairs, name = ImagePairs(cfg), HUB.get(cfg.model, cfg.model)
+    pairs, name = ImagePairs(cfg, cfg.split), HUB.get(cfg.model, cfg.model)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, safety_checker=None).to(device)
     except (OSError, ValueError) as error:
@@ -781,7 +811,7 @@ def make_stable_diffusion(cfg, device):
         for row, prompt in enumerate(given):
             for pipe.unet in (reference.unet, unet):  # on the left, on the right
                 gen = generator(cfg.seed, "sample", row)  # the same noise for both
-                with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                with autocast(cfg, device):
                     sheet += pipe(prompt, height=size, width=size, generator=gen).images
         diffusers.utils.make_image_grid(sheet, len(given), 2).save(path)
 
@@ -813,6 +843,7 @@ def start_run(task, cfg, start):
     out, world = Path(cfg.out), rank_and_world()[1]
     trained = sum(p.numel() for p in task.policy.parameters())
     epochs = cfg.steps * cfg.batch / len(task.pairs)
+    paper_lr = 1e-9 if cfg.method == "sft" else 2000 / cfg.beta * 2.048e-8
     facts = task.facts | {
         "policy": f"{trained:,} parameters trained in fp32 by {cfg.optimizer}, forward in"
                   f" {cfg.precision} on {task.weight.device}",
@@ -821,7 +852,8 @@ def start_run(task, cfg, start):
         "steps": f"{cfg.steps:,} = {cfg.steps * cfg.batch:,} pairs = {epochs:.3g} epochs"
                  " (paper: 4.8)",
         "lr": f"{cfg.lr:.4g} after {cfg.warmup} steps of warm-up"
-              + (f" (the paper prints {2000 / cfg.beta * 2.048e-8:.3g})" if cfg.data else ""),
+              + (f" (the paper prints {paper_lr:.3g})" if cfg.data else ""),
+        "method": "dpo" if cfg.method == "dpo" else "sft; beta and gamma are for the metrics only",
         "beta": f"{cfg.beta:g}, gamma {cfg.gamma:g}; times T omega: {cfg.beta * task.weight[0]:.3g}"
                 " per unit of squared error",
         "out": f"{out}, from step {start}"}
@@ -996,6 +1028,8 @@ COUNT, SIZE, NO = number(int, 1), number(int, 0), object()
 # A default of None is found by settle(), NO says that this preset has no such flag.
 FLAGS = {
     "the loss": {
+        "method": (("dpo", "sft"), "dpo", "sft: the plain denoising loss on the preferred"
+                   " images, the baseline of paper 5.5"),
         "beta": (number(float, 1e-9), (0.5, 2000, 5000), "weight of the KL (paper 5.1; toy: ours)"),
         "gamma": (number(float, 0), 0, "weight of the entropy, on the scale of beta; 0 is"
                   " Diffusion-DPO (paper); for images try 0.01 to 0.05 times beta (ours)"),
@@ -1003,7 +1037,9 @@ FLAGS = {
     "the data": {
         "data": (str, (NO, DEFAULT_DATA, DEFAULT_DATA), "hub id, parquet file, folder of those, or"
                  " folder with pairs.jsonl (prompt, preferred, rejected)"),
-        "split": (str, (NO, "train", "train"), "split of a hub id or folder"),
+        "split": (str, (NO, "train", "train"), "split, or a part of one: train[:-500]"),
+        "where": (str, (NO, None, None), "column=value,...: pairs with each value in its column"
+                  " (the Dreamlike pairs of paper 5.5: model_0=dream,model_1=dream)"),
         "pairs": (COUNT, (200_000, NO, NO), "how many pairs are made (ours)"),
         "resolution": (number(int, 8), (NO, 512, 1024), "pixels a side (the models' own)"),
         "caption-dropout": (number(float, 0, 1), (NO, 0.2, 0.2), "share of the pairs that lose"
@@ -1015,7 +1051,8 @@ FLAGS = {
         "micro-batch": (COUNT, (32, 4, 2), "pairs per forward and process (ours; fewer if the"
                         " batch would not divide)"),
         "lr": (number(float, 0), (3e-3, None, None), "peak learning rate (2000/beta * 2.048e-5: the"
-               " paper's rule at the released launchers' scale; toy: ours)"),
+               " paper's rule at the released launchers' scale; sft: 2.048e-6, likewise; toy:"
+               " ours)"),
         "warmup": (SIZE, None, "first steps, rate rising (a quarter: paper 5.1; toy: 1/20, ours)"),
         "decay": (SIZE, None, "last steps, rate falling to 0 (none: paper; toy: all, ours)"),
         "optimizer": (("adamw", "adafactor"), ("adamw", "adamw", "adafactor"), "(paper 5.1)"),
@@ -1096,7 +1133,7 @@ def settle(cfg, given):
     """Fills in the defaults that depend on other flags. Raises Refusal for what does not fit."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     toy = cfg.preset == "toy"
-    for name, default in (("lr", 2000 / cfg.beta * 2.048e-5),
+    for name, default in (("lr", 2.048e-6 if cfg.method == "sft" else 2000 / cfg.beta * 2.048e-5),
                           ("warmup", cfg.steps // (20 if toy else 4)),
                           ("decay", cfg.steps if toy else 0),
                           ("precision", "bf16" if torch.cuda.is_available() else "fp32")):

@@ -404,7 +404,7 @@ def pick(label=1.0, first="red", second="blue", caption="a picture", **image):
 def image_pairs(data, **flags):
     words = {"resolution": 32, "caption-dropout": 0} | flags
     argv = ["--model", "sd15", "--data", str(data)]
-    return dpo.ImagePairs(dpo.parse(argv + [f"--{k}={v}" for k, v in words.items()]))
+    return dpo.ImagePairs(dpo.parse(argv + [f"--{k}={v}" for k, v in words.items()]), "train")
 
 
 def colours(batch):
@@ -420,6 +420,23 @@ def test_ties_are_dropped_without_decoding(tmp_path):
     pairs = image_pairs(parquet(tmp_path / "pairs.parquet", rows))
     assert len(pairs) == 1 and "3 ties" in pairs.facts["pairs"]
     assert colours(pairs[[(0, 0)]]) == ["red", "blue"]
+
+
+def test_where_keeps_the_pairs_asked_for(tmp_path):
+    """--where: rows whose columns contain the values, all of them; no image is decoded for it."""
+    rows = [pick(caption=str(i)) | {"model_0": a, "model_1": b} for i, (a, b) in enumerate(
+        [("my/dream-1", "dream"), ("dream", "sd"), ("sd", "dream"), ("a/dream", "b/dreamlike")])]
+    rows[1]["jpg_0"] = b"not an image"
+    path = parquet(tmp_path / "pairs.parquet", rows)
+    assert image_pairs(path, where="model_0=dream,model_1=dream").prompts == ["0", "3"]
+    assert len(image_pairs(path, where="model_0=dream")) == 3
+
+
+def test_splits_can_be_cut(tmp_path):
+    """--split train[:2] is the first two rows, also of a single file."""
+    path = parquet(tmp_path / "pairs.parquet", [pick(caption=str(i)) for i in range(5)])
+    assert dpo.load_pairs(path, "train[:2]")[0]["caption"][:] == ["0", "1"]
+    assert dpo.load_pairs(path, "test[-1:]")[0]["caption"][:] == ["4"]
 
 
 def test_preferred_comes_first(tmp_path):
@@ -651,6 +668,39 @@ def test_samples_show_reference_and_policy(tiny, tmp_path):
         assert before.crop(left).tobytes() == before.crop(right).tobytes()
         assert after.crop(left).tobytes() == before.crop(left).tobytes()
         assert after.crop(right).tobytes() != before.crop(right).tobytes()
+
+
+def test_sft_is_the_denoising_loss_of_diffusers(tiny, tmp_path):
+    """--method sft: a step moves the weights along the gradient of mse_loss(unet(noisy), noise) on
+    the preferred images alone, as diffusers' text-to-image examples write it, at 2.048e-6."""
+    cfg = sd_config(tiny, "sd15", "--method", "sft", "--steps", "1", "--warmup", "0", "--batch",
+                    "2", "--out", str(tmp_path / "run"))
+    assert cfg.lr == 2.048e-6
+    task, steps = sd_task(cfg), []
+    batch = task.pairs[next(dpo.pair_keys(len(task.pairs), cfg, 0, 0, 1))]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / "tiny-sd15")
+    with torch.no_grad():
+        latents = pipe.vae.encode(batch["images"][:2]).latent_dist.mode() * 0.18215
+        ids = pipe.tokenizer(batch["prompts"], padding="max_length", max_length=77,
+                             return_tensors="pt").input_ids
+        hidden = pipe.text_encoder(ids)[0]
+    t, eps = dpo.draw_noise(0, batch["keys"], 1, 1000, latents.shape[1:])
+    noisy = sd_schedule().add_noise(latents, eps[:, 0], t[:, 0])
+    loss = torch.nn.functional.mse_loss(pipe.unet(noisy, t[:, 0], hidden).sample, eps[:, 0])
+    loss.backward()
+    real = torch.optim.AdamW.step
+
+    def step(optimizer):
+        steps.append({k: p.grad.clone() for k, p in task.policy.unet.named_parameters()})
+        return real(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        row, = dpo.train(task, cfg)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) and row["reward_accuracy"] == 0.5
+    expected = {k: p.grad for k, p in pipe.unet.named_parameters()}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    assert same(steps[0], {k: g / max(1, norm) for k, g in expected.items()}, atol=1e-5, rtol=1e-3)
 
 
 def test_adafactor_is_the_released_one():
@@ -966,6 +1016,9 @@ def wrong_inputs():
         (sd + "{tmp}/label.parquet", "label_0 holds"),
         (sd + "{tmp}/numbers.parquet", "does not hold images"),
         (sd + "{tmp}/none.parquet", "no data"),
+        (sd + "{tiny}/pairs.parquet --where caption", "--where caption"),
+        (sd + "{tiny}/pairs.parquet --where model_0=dream", "caption, jpg_0, jpg_1, label_0"),
+        (sd + "{tiny}/pairs.parquet --where caption=nothing", "none is left"),
         (sd + "{tiny}/pairs.parquet --resolution 100", "--resolution"),
         (sd + "{tiny}/pairs.parquet --prompts {tmp}/absent.txt", "--prompts"),
     ]
