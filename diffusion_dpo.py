@@ -198,6 +198,7 @@ class Task:
     weight: torch.Tensor  # (T,): T omega_t
     pairs: Any  # len(pairs), and pairs[keys] -> batch for a list of (epoch, row): a dict with these
     # "keys" and, where other pairs had to step in, {row: why} as "unreadable"
+    held_out: Any  # the same for pairs that are not trained on, or None
     encode: Callable  # batch -> x_w (B, *shape), x_l (B, *shape), cond {name: (2B, ...)}
     save: Callable  # folder -> writes the policy into it, its weights as WEIGHTS
     load: Callable  # the tensors of WEIGHTS -> puts them into the policy
@@ -206,6 +207,7 @@ class Task:
     facts: dict  # lines for the start of the run: {"pairs": "200,000, ..."}
     folder: str = "policy"  # the policy's place in --out
     prediction: str = "epsilon"  # or "v_prediction"
+    true_margin: Callable | None = None  # batch -> true reward of x_w minus that of x_l (B,)
 
 
 # ------------------------------------------------------------- the toy: a laboratory with an answer
@@ -288,7 +290,7 @@ class ToyPairs:
 
 
 EXTENT, BINS, FINE = 5.0, 30, 8  # densities are compared on 30 x 30 squares of [-5, 5]^2
-SAMPLES = 50_000
+SAMPLES, HELD_OUT_PAIRS = 50_000, 2000
 
 
 def toy_density(log_p):
@@ -371,6 +373,7 @@ def make_toy(cfg):
     """The toy as a Task: T = 100 noise levels, linear in log SNR from 8 down to -6."""
     ring = Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
     policy, pairs = ToyPolicy(ring, cfg.seed), ToyPairs(ring, cfg.pairs, cfg.seed)
+    held_out = ToyPairs(ring, HELD_OUT_PAIRS, "held out")
     report = functools.partial(toy_report, cfg, ring, policy, pairs)
 
     def save(folder):
@@ -379,15 +382,20 @@ def make_toy(cfg):
 
     return Task(
         policy=policy, reference=ring, alphas_cumprod=ring.alphas_cumprod,
-        weight=elbo_weight(ring.alphas_cumprod), pairs=pairs,
+        weight=elbo_weight(ring.alphas_cumprod), pairs=pairs, held_out=held_out,
         encode=lambda batch: (batch["x_w"], batch["x_l"], {}),
+        true_margin=lambda batch: toy_reward(batch["x_w"]) - toy_reward(batch["x_l"]),
         save=save, load=policy.load_state_dict, sample=report,
         report=functools.partial(report, Path(cfg.out) / "toy.png"),
         facts={"model": "toy: a ring of 8 Gaussians with its exact score, plus a small network",
-               "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the true reward"})
+               "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the true reward",
+               "held out": f"{len(held_out):,} pairs made like them"})
 
 
 # ---------------------------------------------------------------------------------------- the loop
+
+
+HELD_OUT = -1  # the "epoch" of pairs that are looked at, not trained on
 
 
 def pair_keys(n, cfg, start, rank, world):
@@ -445,8 +453,8 @@ def autocast(cfg, device):
 def train(task, cfg):
     """Trains task.policy by dpo_loss: the toy or SDXL, on one process or, under torchrun, on many.
 
-    Goes on from the newest checkpoint in cfg.out. Returns the rows of metrics.jsonl. Checkpoints
-    and the other helpers that are no method are in part III.
+    Goes on from the newest checkpoint in cfg.out. Returns the rows of metrics.jsonl. evaluate() is
+    in part III; checkpoints and the other helpers that are no method are in part IV.
     """
     from tqdm import tqdm
     rank, world = rank_and_world()
@@ -529,6 +537,9 @@ def train(task, cfg):
         row["pairs_per_s"] = cfg.batch / (time.perf_counter() - began)
         row["peak_memory_gib"] = peak_memory(device) / 2**30
         done = step + 1
+        judged = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps)
+        if judged:
+            row |= {f"held_out_{name}": value for name, value in evaluate(task, cfg).items()}
         if rank > 0:
             continue
         if step == 0:
@@ -541,7 +552,7 @@ def train(task, cfg):
             bar.write(f"step 0      loss {row['loss']:.4f}; {about}")
         latest = f"loss {row['loss']:.3f}, acc {row['reward_accuracy']:.2f}"
         bar.set_postfix_str(latest, refresh=False)
-        if step % cfg.log_every == 0 or done == cfg.steps:
+        if step % cfg.log_every == 0 or done == cfg.steps or judged:
             rows.append(row)
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -690,6 +701,8 @@ class ImagePairs:
         # Drawn once, for both images: the pair shares its noise, so let it share its geometry.
         gen = generator(self.cfg.seed, "augment", epoch, row)
         u, v, flip, drop = torch.rand(4, generator=gen).tolist()
+        if epoch == HELD_OUT:  # the middle of the image, not flipped, with its caption
+            u, v, flip, drop = 0.5, 0.5, 1, 1
         fitted = []
         for side in sides:
             try:
@@ -768,6 +781,7 @@ def make_stable_diffusion(cfg, device):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pairs, name = ImagePairs(cfg, cfg.split), HUB.get(cfg.model, cfg.model)
+    held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, safety_checker=None).to(device)
     except (OSError, ValueError) as error:
@@ -825,16 +839,136 @@ def make_stable_diffusion(cfg, device):
         policy=Denoiser(unet), reference=reference, folder="unet",
         alphas_cumprod=schedule.alphas_cumprod.to(device),
         weight=torch.full_like(schedule.alphas_cumprod, 1 / (2 * d), device=device),
-        prediction=prediction, pairs=pairs, encode=encode,
+        prediction=prediction, pairs=pairs, held_out=held_out, encode=encode,
         save=lambda folder: unet.save_pretrained(folder, max_shard_size="100GB"),  # in one file
         load=unet.load_state_dict, sample=sample, report=report,
         facts={"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
-               f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"} | pairs.facts)
+               f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
+        | pairs.facts | ({"held out": f"{len(held_out):,} pairs of split {cfg.eval_split}"}
+                         if held_out else {}))
 
 
 # ==================================================================================================
-# Part III  Bookkeeping: the start of a run, checkpoints, the toy's figure
+# Part III  Judging a policy
 # ==================================================================================================
+# --------------------------------------------------------------------- by its own implicit reward
+
+
+@torch.no_grad()
+def evaluate(task, cfg):
+    """The policy as a judge of the held-out pairs (paper 5.5, Tab. 2): does the preferred half get
+    the larger implicit reward? Returns numbers by name, the same ones on every process.
+
+    The errors of a pair are means over cfg.eval_draws draws of (t, eps). These depend on the pair
+    alone, so all policies meet the same noise. Unreadable pairs are left out, and counted.
+    """
+    from tqdm import tqdm
+    rank, world = rank_and_world()
+    n, device, T = len(task.held_out), task.weight.device, len(task.weight)
+    size = cfg.micro_batch * cfg.draws  # draw by draw this is as much at once as in training
+    keys = [[(HELD_OUT, row) for row in range(first, min(first + size, n))]
+            for first in range(rank * size, n, world * size)]
+    found = []  # for every pair: row, errors (4, K), t (K,), true margin ()
+    for batch in tqdm(loader(task.held_out, keys, cfg, device), total=len(keys), ncols=99,
+                      unit=" batches", disable=rank > 0 or not cfg.evaluate):
+        if "refusal" in batch:  # unreadable, one and all
+            continue
+        x_w, x_l, cond = task.encode(batch)
+        t, eps = draw_noise("held out", batch["keys"], cfg.eval_draws, T, x_w.shape[1:])
+        errors = []
+        for k in range(cfg.eval_draws):
+            drawn = t[:, [k]].to(device), eps[:, [k]].to(device)
+            with autocast(cfg, device):
+                errors.append(torch.stack(pair_errors(task, x_w, x_l, *drawn, cond)))  # (4, B)
+        errors = torch.stack(errors, 2).transpose(0, 1).cpu()  # (B, 4, K)
+        true = task.true_margin(batch) if task.true_margin else torch.zeros(len(t))  # (B,)
+        found += [(row, *numbers) for (_, row), *numbers
+                  in zip(batch["keys"], errors, t, true, strict=True)
+                  if str(row) not in batch.get("unreadable", {})]
+    found = sorted(sum(gather(found), []), key=lambda numbers: numbers[0])
+    if not found:
+        return {"pairs": 0, "unreadable": n}
+    _, errors, t, true = zip(*found, strict=True)
+    errors, t, true = torch.stack(errors), torch.stack(t), torch.stack(true)
+
+    def logits(which):  # (n, K) bool, the draws that count -> (m,), for pairs that have such draws
+        means = (errors * which[:, None]).sum(2) / which.sum(1, keepdim=True)  # (n, 4)
+        _, reward_w, reward_l = dpo_loss(*means[which.any(1)].T, cfg.beta, cfg.gamma)
+        return reward_w - reward_l
+
+    def accuracy(logit):  # a tie is half right
+        return ((logit.sign().double() + 1) / 2).mean().item() if len(logit) else None
+
+    logit = logits(t >= 0)  # (n,), of all draws
+    share, fifths = accuracy(logit), t * 5 // T
+    rise_w, rise_l = (errors[:, :2] - errors[:, 2:]).mean((0, 2)).tolist()
+    results = {"accuracy": share, "standard_error": (share * (1 - share) / len(logit)) ** 0.5,
+               "accuracy_by_timestep": [accuracy(logits(fifths == fifth)) for fifth in range(5)],
+               "margin": logit.mean().item(), "error_w": rise_w, "error_l": rise_l,
+               "pairs": len(logit), "unreadable": n - len(logit)}
+    if task.true_margin:  # Kendall's tau over the two points of each pair: they share their noise
+        results["kendall_tau"] = (logit.sign() * true.sign()).double().mean().item()
+        results["accuracy_of_true_reward"] = accuracy(true)
+    return results
+
+
+def load_policy(task, cfg):
+    """Puts the weights of --policy, or the newest in --out, into task.policy. Returns the path."""
+    from safetensors.torch import load_file
+    named = Path(cfg.policy or cfg.out)
+    folders = [named, named / task.folder, *sorted(named.glob(f"checkpoint-*/{task.folder}"))[::-1]]
+    paths = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
+    try:
+        if not paths and cfg.policy and not named.exists():
+            from huggingface_hub import hf_hub_download
+            paths = [hf_hub_download(cfg.policy, f"{task.folder}/{WEIGHTS}")]
+        task.load(load_file(paths[0]))
+    except IndexError as error:
+        raise Refusal(f"{named}: no policy in it, that is no {task.folder}/{WEIGHTS}") from error
+    except Exception as error:  # of the hub, of a torn file, of the weights of another model
+        raise Refusal(f"--policy {named}: {first_line(error)}; it should hold weights for"
+                      f" --model {cfg.model}") from error
+    return str(paths[0])
+
+
+def report_evaluation(task, cfg, path, results):
+    """Prints what evaluate() found and writes it to OUT/evaluation.json."""
+    if not results["pairs"]:
+        raise Refusal(f"--data {cfg.data}: none of {results['unreadable']} pairs can be read")
+    by_timestep = " ".join(f"{share:.3f}" for share in results["accuracy_by_timestep"] if share)
+    yardstick = "paper: 0.608 for SD1.5, 0.720 for SDXL"
+    if task.true_margin:
+        yardstick = f"the true reward: {results['accuracy_of_true_reward']:.4f}"
+    shown = {name: task.facts[name] for name in ("model", "data", "held out") if name in task.facts}
+    print_facts(shown | {
+        "policy": path,
+        "judged": f"{results['pairs']:,} pairs, {results['unreadable']} more unreadable;"
+                  f" {cfg.eval_draws} draws of (t, eps) each, the same for every policy",
+        "accuracy": f"{results['accuracy']:.4f} +- {results['standard_error']:.4f} (who knows"
+                    f" nothing: 1/2; {yardstick})",
+        "by timestep": f"{by_timestep}: fifths of t, from little noise to much",
+        "margin": f"{results['margin']:.4g} (mean logit; beta {cfg.beta:g}, gamma {cfg.gamma:g})",
+        "errors": f"policy - reference: preferred {results['error_w']:+.4g}, rejected"
+                  f" {results['error_l']:+.4g}"})
+    if task.true_margin:
+        tau = results["kendall_tau"]
+        print_facts({"tau": f"{tau:.4f}, Kendall's, between implicit and true reward"})
+    if cfg.seen:
+        print_facts({"WARNING": "trained on these very pairs: name others by --data or --split"})
+    print_facts({"numbers": f"{cfg.out}/evaluation.json"})
+    named = {name: getattr(cfg, name) for name in ("model", "data", "split", "beta", "gamma")}
+    write_json(Path(cfg.out) / "evaluation.json",
+               results | named | {"policy": path, "draws": cfg.eval_draws})
+
+
+# ==================================================================================================
+# Part IV   Bookkeeping: the start of a run, checkpoints, the toy's figure
+# ==================================================================================================
+
+
+def print_facts(facts):
+    for name, text in facts.items():
+        print(f"{name:12}{text}")
 
 
 def start_run(task, cfg, start):
@@ -859,8 +993,7 @@ def start_run(task, cfg, start):
         "out": f"{out}, from step {start}"}
     if epochs > 6:
         facts["WARNING"] = f"{epochs:.0f} epochs overfit: give it more --data or fewer --steps"
-    for name, text in facts.items():
-        print(f"{name:12}{text}")
+    print_facts(facts)
     out.mkdir(parents=True, exist_ok=True)
     git = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1060,6 +1193,14 @@ FLAGS = {
                       " trained in fp32 (ours: bf16 on a GPU)"),
         "checkpointing": (("on", "off"), (NO, "off", "on"), "recompute activations: less memory,"
                           " more time (released launchers)")},
+    "judging a policy, instead of training one or in between": {
+        "evaluate": (bool, None, "does its implicit reward tell which half of a pair is preferred?"
+                     " On the pairs of --split; writes OUT/evaluation.json"),
+        "policy": (str, None, "folder or hub id of the policy (default: the newest of --out)"),
+        "eval-draws": (COUNT, 10, "draws of (t, eps) per pair (paper 5.5)"),
+        "eval-every": (SIZE, (300, 0, 0), "steps between evaluations in training; 0: none (ours)"),
+        "eval-split": (str, (NO, None, None), "the pairs for these, such as train[-500:] beside"
+                       " --split train[:-500]")},
     "the output": {
         "out": (str, None, "folder; the same command again goes on from its newest checkpoint"
                 " (default: runs/ and the flags given)"),
@@ -1071,7 +1212,8 @@ FLAGS = {
                     " first 4 of the data)"),
         "workers": (SIZE, (0, 4, 4), "processes that read images, per GPU (ours)")}}
 # These may differ when a run is started again; the rest makes it another run.
-FREE = "out save_every sample_every log_every prompts workers micro_batch".split()
+FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate eval_draws
+    eval_every eval_split""".split()
 
 
 def parse(argv=None):
@@ -1102,6 +1244,8 @@ def parse(argv=None):
             options = {"type": kind, "metavar": "X"}
             if isinstance(kind, tuple):
                 options = {"choices": kind}
+            if kind is bool:
+                options = {"action": "store_const", "const": True}
             group.add_argument(f"--{flag}", help=meaning + (f" [{shown}]" if shown != "" else ""),
                                **options)
     cfg = parser.parse_args(argv)
@@ -1139,19 +1283,42 @@ def settle(cfg, given):
                           ("precision", "bf16" if torch.cuda.is_available() else "fp32")):
         if getattr(cfg, name) is None:
             setattr(cfg, name, default)
-    if "micro_batch" not in given:
+    if "micro_batch" not in given and not cfg.evaluate:
         cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)
     at_once = world * cfg.micro_batch
-    if cfg.batch % at_once:
+    if cfg.batch % at_once and not cfg.evaluate:
         raise Refusal(f"--batch {cfg.batch} is no multiple of {world} processes x --micro-batch"
                f" {cfg.micro_batch}; {math.ceil(cfg.batch / at_once) * at_once} is")
     if cfg.resolution and cfg.resolution % 8:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
     if cfg.prompts and not (Path(cfg.prompts).is_file() and read_prompts(cfg.prompts)):
         raise Refusal(f"--prompts {cfg.prompts}: no such file, or no prompt in it")
+    if cfg.evaluate and not toy:
+        cfg.eval_split = cfg.eval_split or cfg.split
+    if cfg.policy and not cfg.evaluate:
+        raise Refusal(f"--policy {cfg.policy}: it is judged, not trained; add --evaluate")
+    if cfg.eval_every and not (toy or cfg.eval_split):
+        raise Refusal(f"--eval-every {cfg.eval_every}: it needs --eval-split, pairs that are not"
+                      " trained on, such as train[-500:] beside --split train[:-500]")
     if cfg.out is None:
         words = [f"{name}={value}" for name, value in given.items() if name not in FREE]
         cfg.out = "runs/" + re.sub(r"[^\w.=+-]+", "_", "-".join([Path(cfg.model).name, *words]))
+    cfg.seen = False
+    if cfg.evaluate and not cfg.policy:  # as it was trained, where no flag says otherwise
+        there = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
+        if there["model"] != cfg.model:
+            raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {there['model']}")
+        for name in {"beta", "gamma", "resolution"} - set(given):
+            setattr(cfg, name, there[name])
+        cfg.seen = not toy and (there["data"], there["split"]) == (cfg.data, cfg.eval_split)
+
+
+def read_config(out, advice):
+    """The configuration of the run in `out`. Raises Refusal."""
+    try:
+        return json.loads((out / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"--out {out}: holds no run; {advice}") from error
 
 
 def check_out(cfg):
@@ -1159,10 +1326,7 @@ def check_out(cfg):
     out = Path(cfg.out)
     if not out.exists() or (out.is_dir() and all(p.suffix == ".partial" for p in out.iterdir())):
         return
-    try:
-        there = json.loads((out / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Refusal(f"--out {out}: is there and holds no run; name a new folder") from error
+    there = read_config(out, "name a new folder")
     differ = [f"{name} is {there.get(name)} there, {here} here" for name, here in vars(cfg).items()
               if name not in FREE and there.get(name) != here]
     if differ:
@@ -1172,7 +1336,8 @@ def check_out(cfg):
 def main(argv=None):
     try:
         cfg = parse(argv)
-        check_out(cfg)
+        if not cfg.evaluate:
+            check_out(cfg)
         gpu = torch.cuda.is_available() and cfg.preset != "toy"
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
         if gpu:
@@ -1180,9 +1345,13 @@ def main(argv=None):
         if "RANK" in os.environ:  # torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         task = make_toy(cfg) if cfg.preset == "toy" else make_stable_diffusion(cfg, device)
-        rows = train(task, cfg)
+        if cfg.evaluate:
+            path, results = load_policy(task, cfg), evaluate(task, cfg)
+            report = functools.partial(report_evaluation, task, cfg, path, results)
+        else:
+            report = functools.partial(task.report, train(task, cfg))
         if rank_and_world()[0] == 0:
-            task.report(rows)
+            report()
         if dist.is_initialized():  # not after an error: it would wait for processes that are gone
             dist.destroy_process_group()
     except (Refusal, OSError) as error:  # OSError: a folder not writable, a disk that is full

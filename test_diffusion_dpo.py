@@ -151,7 +151,7 @@ def spy_task(prediction="epsilon", denoiser=None, weight=1.0):
             return (denoiser or torch.zeros_like)(x_t) * self.scale
 
     task = dpo.Task(Spy("policy"), Spy("reference"), sd_schedule().alphas_cumprod,
-                    torch.full((1000,), weight), *[None] * 6, facts={}, prediction=prediction)
+                    torch.full((1000,), weight), *[None] * 7, facts={}, prediction=prediction)
     return task, calls
 
 
@@ -487,6 +487,17 @@ def test_a_pair_loses_its_caption_as_one(tmp_path):
     assert image_pairs(path)[[(0, 0), (0, 1)]]["prompts"] == ["a cat", ""]
 
 
+def test_held_out_pairs_are_shown_plainly(tmp_path):
+    """A pair to be judged comes with its caption, its middle, not flipped, whatever the seed."""
+    ramp = jpeg(Image.linear_gradient("L").rotate(90).resize((128, 64)), quality=95)
+    path = parquet(tmp_path / "pairs.parquet", [pick(1.0, ramp, ramp, caption="a ramp")])
+    for seed in range(4):
+        batch = image_pairs(path, **{"caption-dropout": 1, "seed": seed})[[(dpo.HELD_OUT, 0)]]
+        assert batch["prompts"] == ["a ramp"]
+        assert batch["time_ids"][0].tolist() == [64, 128, 0, 16, 32, 32]
+        assert batch["images"][0, 0, 16, 2] < -0.3 and batch["images"][0, 0, 16, 29] > 0.3
+
+
 def test_time_ids_are_the_truth(tmp_path):
     """SDXL is told the original height and width, where the cut began, and the target size; the
     pixels are those of scaling the short side and cutting there."""
@@ -715,7 +726,7 @@ def test_adafactor_is_the_released_one():
 # ------------------------------------------------------------------------------------- whole runs
 
 TOY = ["--toy", "--pairs", "500", "--batch", "8", "--micro-batch", "4", "--draws", "2", "--steps",
-       "8", "--warmup", "2", "--save-every", "3", "--log-every", "1"]
+       "8", "--warmup", "2", "--save-every", "3", "--log-every", "1", "--eval-every", "0"]
 
 
 def command(*argv, processes=0):
@@ -992,6 +1003,169 @@ def test_too_many_unreadable_pairs_stop_the_run(tiny, tmp_path):
     assert not (tmp_path / "two" / "unet").exists()
 
 
+# ------------------------------------------------------------------------------ judging a policy
+
+
+def judge(change=lambda task: None, **settings):
+    """evaluate() of the toy's policy, after `change` has been at the task."""
+    cfg = dpo.parse([*TOY, "--micro-batch", "500", "--batch", "500"])
+    for name, value in settings.items():
+        setattr(cfg, name, value)
+    task = dpo.make_toy(cfg)
+    change(task)
+    return dpo.evaluate(task, cfg)
+
+
+def test_a_policy_that_is_told_scores_1_and_the_reference_half():
+    """Rigged to miss every rejected point by far: accuracy 1 at every timestep, standard error 0.
+    The reference itself: 1/2, margin 0."""
+    class Rigged(torch.nn.Module):
+        def forward(self, x_t, t, wrong):
+            return reference(x_t, t) + 100 * wrong[:, None]
+
+    reference = dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
+
+    def rig(task):
+        task.policy, task.reference = Rigged(), lambda x_t, t, wrong: reference(x_t, t)
+        task.encode = lambda batch: (batch["x_w"], batch["x_l"], {
+            "wrong": torch.arange(2.0).repeat_interleave(len(batch["keys"]))})
+
+    results = judge(rig)
+    assert results["accuracy"] == 1 and results["standard_error"] == 0
+    assert results["accuracy_by_timestep"] == [1] * 5
+    assert results["error_w"] == 0 < results["error_l"]
+    results = judge()
+    assert results["accuracy"] == 0.5 and results["margin"] == 0 and results["pairs"] == 2000
+    assert results["standard_error"] == pytest.approx(0.5 / 2000**0.5)
+    assert results["kendall_tau"] == 0
+
+
+@pytest.fixture(scope="module")
+def trained(straight):
+    """A change of the task: its policy is that of `straight`, further from the reference."""
+    return lambda task: task.load({name: 3 * value for name, value in straight[1].items()})
+
+
+def test_evaluation_by_hand(trained):
+    """Every number of evaluate(), from a loop over pairs and draws, with too few for each fifth."""
+    results = judge(trained, gamma=0.2, eval_draws=3)
+    cfg = dpo.parse(TOY)
+    task = dpo.make_toy(cfg)
+    trained(task)
+    pairs, right, fifths, margins, agree = task.held_out, 0, [[] for _ in range(5)], [], 0
+    rises = torch.zeros(2, dtype=torch.double)
+
+    def logit(four):
+        return 0.7 * (four[1] - four[0]) - 0.5 * (four[3] - four[2])
+
+    for row in range(2000):
+        t, eps = dpo.draw_noise("held out", [(dpo.HELD_OUT, row)], 3, 100, (2,))
+        x = torch.stack([pairs.x_w[row], pairs.x_l[row]])
+        abar = task.alphas_cumprod[t[0]][:, None, None]
+        x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps[0][:, None]  # (3, 2, 2)
+        with torch.no_grad():
+            four = torch.cat([(net(x_t.flatten(0, 1), t[0].repeat_interleave(2)).view(3, 2, 2)
+                               - eps[0][:, None]).square().sum(2) * task.weight[t[0]][:, None]
+                              for net in (task.policy, task.reference)], 1)  # (3, 4)
+        mean = four.mean(0)
+        margins.append(logit(mean).item())
+        right += margins[-1] > 0
+        rises += (mean[:2] - mean[2:]).double()
+        truth = dpo.toy_reward(x)
+        agree += (margins[-1] > 0) == (truth[0] > truth[1]).item()
+        for fifth in range(5):
+            if (mine := (t[0] // 20) == fifth).any():
+                fifths[fifth].append((logit(four[mine].mean(0)) > 0).item())
+    share = right / 2000
+    assert results["accuracy"] == pytest.approx(share, abs=2e-3)
+    assert results["standard_error"] == pytest.approx((share * (1 - share) / 2000) ** 0.5, rel=1e-2)
+    assert results["margin"] == pytest.approx(sum(margins) / 2000, rel=1e-3)
+    assert [results["error_w"], results["error_l"]] == pytest.approx(rises / 2000, rel=1e-3)
+    assert results["kendall_tau"] == pytest.approx(2 * agree / 2000 - 1, abs=4e-3)
+    assert results["accuracy_by_timestep"] == pytest.approx(
+        [sum(one) / len(one) for one in fifths], abs=5e-3)
+    assert min(map(len, fifths)) < 2000
+
+
+def test_swapped_labels_score_1_minus_a(trained):
+    """With the labels turned round accuracy is 1 - a, the errors change places, the margin its
+    sign."""
+    def swapped(task):
+        trained(task)
+        task.held_out.x_w, task.held_out.x_l = task.held_out.x_l, task.held_out.x_w
+
+    one, two = judge(trained, gamma=0.2), judge(swapped, gamma=0.2)
+    assert abs(one["accuracy"] - 0.5) > 0.01
+    assert two["accuracy"] == pytest.approx(1 - one["accuracy"])
+    assert two["margin"] == pytest.approx(-one["margin"], rel=1e-3)
+    assert two["error_w"] == pytest.approx(one["error_l"], rel=1e-4)
+    assert two["error_l"] == pytest.approx(one["error_w"], rel=1e-4)
+
+
+def test_all_policies_meet_the_same_noise(trained):
+    """The evaluation does not depend on the run's seed, nor on the batch that pairs come in."""
+    def other_seed(task):
+        task.held_out = dpo.make_toy(dpo.parse([*TOY, "--seed", "7"])).held_out
+        trained(task)
+
+    one = judge(trained)
+    assert judge(other_seed, seed=7) == one
+    other = judge(trained, micro_batch=300)
+    assert other.pop("accuracy_by_timestep") == pytest.approx(one.pop("accuracy_by_timestep"))
+    assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_evaluate_by_torchrun(straight, tmp_path):
+    """--evaluate judges what was trained in --out, on 2 processes as on 1, and writes it down; it
+    equals the last evaluation in training, which changes nothing about the run."""
+    argv = [*TOY, "--out", tmp_path / "run"]
+    rows, result = train(*argv, "--eval-every", "3")
+    assert same(result, straight[1])
+    assert [row["step"] for row in rows if "held_out_accuracy" in row] == [2, 5, 7]
+    results = []
+    for processes in (0, 2):
+        printed = run(*argv, "--evaluate", "--micro-batch", "100", processes=processes)
+        results.append(json.loads((tmp_path / "run" / "evaluation.json").read_text()))
+    assert results[0] == results[1] and results[0]["pairs"] == 2000
+    for name in ("accuracy", "margin", "error_w", "kendall_tau", "accuracy_by_timestep"):
+        assert rows[-1][f"held_out_{name}"] == pytest.approx(results[0][name], rel=1e-4)
+    assert f"{results[0]['accuracy']:.4f} +- {results[0]['standard_error']:.4f}" in printed
+
+
+def test_evaluate_images(tiny, tmp_path, capsys):
+    """--evaluate of a tiny SD1.5: the beta it was trained with, the newest weights of its folder or
+    those of --policy; an unreadable pair is left out, and none steps in for it."""
+    rows = [pick(1.0, caption=str(i), size=(64, 64)) for i in range(5)]
+    sound = parquet(tmp_path / "sound.parquet", rows)
+    broken = parquet(tmp_path / "broken.parquet", [*rows, pick(1.0, b"broken")])
+    argv = ["--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--workers", "0", "--out",
+            str(tmp_path / "run")]
+    dpo.main([*argv, "--data", sound, "--beta", "300", "--batch", "2", "--steps", "2", "--lr",
+              "1e-3", "--eval-every", "2", "--eval-split", "train[-2:]"])
+    assert "2 pairs of split train[-2:]" in capsys.readouterr().out
+    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["held_out_pairs"] == 2
+
+    def evaluation(*more):
+        dpo.main([*argv, "--evaluate", *more])
+        return json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+    one, two = evaluation("--data", sound), evaluation("--data", broken)
+    output = capsys.readouterr().out
+    assert output.count("trained on these very pairs") == 1
+    assert one["beta"] == 300 and 0 < abs(one["margin"])
+    assert (two["pairs"], two["unreadable"]) == (5, 1)
+    for name in ("accuracy", "margin", "error_w", "error_l"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+    assert "accuracy_of_true_reward" not in one
+    halfway = evaluation("--data", sound, "--policy", str(tmp_path / "run/checkpoint-00000002"),
+                         "--beta", "300")
+    assert halfway["policy"].endswith("checkpoint-00000002/unet/" + dpo.WEIGHTS)
+    assert halfway["margin"] == one["margin"]
+    start = evaluation("--data", sound, "--policy", str(tiny / "tiny-sd15"))
+    assert start["accuracy"] == 0.5 and start["error_w"] == 0 and start["beta"] == 2000
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -1016,6 +1190,13 @@ def wrong_inputs():
         (sd + "{tmp}/label.parquet", "label_0 holds"),
         (sd + "{tmp}/numbers.parquet", "does not hold images"),
         (sd + "{tmp}/none.parquet", "no data"),
+        ("--toy --evaluate --out {tmp}/empty", "holds no run; train one"),
+        ("--toy --policy {tmp}", "add --evaluate"),
+        ("--toy --evaluate --policy {tmp}/empty --out {tmp}/empty", "no policy in it"),
+        ("--toy --evaluate --policy {tmp}/torn --out {tmp}/empty", "--policy {tmp}/torn"),
+        ("--toy --evaluate --policy {tiny}/tiny-sd15/unet --out {tmp}/empty", "for --model toy"),
+        ("--toy --evaluate --policy no/where --out {tmp}/empty", "--policy no/where"),
+        (sd + "{tiny}/pairs.parquet --eval-every 3", "it needs --eval-split"),
         (sd + "{tiny}/pairs.parquet --where caption", "--where caption"),
         (sd + "{tiny}/pairs.parquet --where model_0=dream", "caption, jpg_0, jpg_1, label_0"),
         (sd + "{tiny}/pairs.parquet --where caption=nothing", "none is left"),
@@ -1029,6 +1210,8 @@ def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "file.txt").write_text("hello")
     (folder / "empty").mkdir()
+    (folder / "torn").mkdir()
+    (folder / "torn" / dpo.WEIGHTS).write_bytes(b"torn")
     parquet(folder / "ties.parquet", [pick(0.5)])
     parquet(folder / "columns.parquet", [{"a": 1, "b": 2}])
     parquet(folder / "label.parquet", [pick(1.0), pick(7.0)])
@@ -1045,6 +1228,7 @@ def test_wrong_input_gets_one_clear_line(line, words, tiny, wrong, tmp_path, cap
         dpo.main(line.format(tiny=tiny, tmp=wrong).split())
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and not any(tmp_path.iterdir())
+    words = words.format(tiny=tiny, tmp=wrong)
     assert len(error) == 1 and words in error[0] and error[0].startswith("diffusion_dpo.py: error")
 
 
