@@ -264,20 +264,27 @@ def toy_reward(x):
     return 2 * torch.exp(-(x - torch.tensor([2.0, 0.0])).square().sum(-1) / (2 * 1.5**2))
 
 
+def toy_proxy(x):
+    """A scorer (N,) that errs (--label-with proxy): the true reward, plus a hill of height 3 where
+    that is 0. The lower beta, the more the policy hacks it."""
+    hill = torch.exp(-(x - torch.tensor([-2.0, 0.0])).square().sum(-1) / (2 * 0.8**2))
+    return toy_reward(x) + 3 * hill
+
+
 class ToyPairs:
-    """n pairs, labelled by chance: by the Bradley-Terry model of toy_reward.
+    """n pairs, labelled by chance: by the Bradley-Terry model of `reward`.
 
     DPO learns the policy only where there are pairs, and for gamma > 0 p* is wider than p_ref: with
     pairs of the reference alone, the mass runs off to where nobody was asked. So half of the points
     are samples of the reference, and half are such samples with noise of std 1/2 on top.
     """
 
-    def __init__(self, ring, n, seed):
-        gen = generator(seed, "toy pairs")
+    def __init__(self, ring, n, seed, reward=toy_reward):
+        gen, self.reward = generator(seed, "toy pairs"), reward
         moved = torch.rand(2 * n, 1, generator=gen) < 0.5  # (2n, 1)
         x = ring.sample(2 * n, gen) + 0.5 * moved * torch.randn(2 * n, 2, generator=gen)  # (2n, 2)
         x_0, x_1 = x.chunk(2)  # (n, 2) each
-        prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(toy_reward(x_0) - toy_reward(x_1))
+        prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(reward(x_0) - reward(x_1))
         self.x_w = torch.where(prefers_0[:, None], x_0, x_1)
         self.x_l = torch.where(prefers_0[:, None], x_1, x_0)
 
@@ -290,21 +297,21 @@ class ToyPairs:
 
 
 EXTENT, BINS, FINE = 5.0, 30, 8  # densities are compared on 30 x 30 squares of [-5, 5]^2
-SAMPLES, HELD_OUT_PAIRS = 50_000, 2000
+SAMPLES, HELD_OUT_PAIRS = 50_000, 5000
 
 
 def toy_density(log_p):
     """The probabilities (BINS, BINS) of the squares under exp(log_p), which is normalised here, and
-    the mean reward: sums over FINE x FINE points in every square."""
+    a function that gives the mean of a reward: sums over FINE x FINE points in every square."""
     axis = EXTENT * ((2 * torch.arange(BINS * FINE) + 1) / (BINS * FINE) - 1)  # midpoints
     points = torch.cartesian_prod(axis, axis)  # (BINS^2 FINE^2, 2)
     p = log_p(points).double().softmax(0)
-    return p.view(BINS, FINE, BINS, FINE).sum((1, 3)), (p * toy_reward(points)).sum().item()
+    return p.view(BINS, FINE, BINS, FINE).sum((1, 3)), lambda f: (p * f(points)).sum().item()
 
 
-def toy_optimum(ring, beta, gamma):
-    """p* in closed form: its probabilities (BINS, BINS) and mean reward."""
-    return toy_density(lambda x: (beta * ring.log_prob(x) + toy_reward(x)) / (beta + gamma))
+def toy_optimum(ring, beta, gamma, reward=toy_reward):
+    """p* of a reward in closed form: what toy_density gives."""
+    return toy_density(lambda x: (beta * ring.log_prob(x) + reward(x)) / (beta + gamma))
 
 
 def toy_histogram(x):
@@ -340,39 +347,44 @@ def toy_sample(denoiser, alphas_cumprod, n, gen):
 
 def toy_report(cfg, ring, policy, pairs, path, rows):
     """Samples the policy; compares it with p* in closed form: a table, a figure, results.json."""
-    p_ref, reward_ref = toy_density(ring.log_prob)
-    p_star, reward_star = toy_optimum(ring, cfg.beta, cfg.gamma)
+    p_ref, mean_ref = toy_density(ring.log_prob)
+    p_star, mean_star = toy_optimum(ring, cfg.beta, cfg.gamma, pairs.reward)
     gen = generator(cfg.seed, "toy report")
     x = toy_sample(policy, ring.alphas_cumprod, SAMPLES, gen)
-    p_theta, reward_theta = toy_histogram(x), toy_reward(x).mean().item()
-    compared = (("reference", "reference p_ref, closed form", p_ref, reward_ref),
-                ("optimum", "optimum p*, closed form", p_star, reward_star),
-                ("policy", f"policy p_theta, {SAMPLES:,} samples", p_theta, reward_theta))
-    results = {}
-    print(f"\n{'':39}mean reward   entropy (nats)   TV to p*")
-    for name, label, p, reward in compared:
-        row = reward, entropy(p), total_variation(p, p_star)
-        print("{:39}{:11.3f}{:17.3f}{:11.3f}".format(label, *row))
-        results |= zip((f"reward_{name}", f"entropy_{name}", f"tv_{name}"), row, strict=True)
+    p_theta = toy_histogram(x)
+    compared = (("reference", "reference p_ref, closed form", p_ref, mean_ref),
+                ("optimum", "optimum p*, closed form", p_star, mean_star),
+                ("policy", f"policy p_theta, {SAMPLES:,} samples", p_theta,
+                 lambda f: f(x).mean().item()))
+    rewards = {"reward": toy_reward} | ({"proxy": toy_proxy} if cfg.label_with else {})
+    results, columns = {}, (*(f"mean {name}" for name in rewards), "entropy (nats)", "TV to p*")
+    print("\n" + " " * 39 + "".join(f"{column:>15}" for column in columns))
+    for name, label, p, mean in compared:
+        row = [*map(mean, rewards.values()), entropy(p), total_variation(p, p_star)]
+        print(f"{label:39}" + "".join(f"{value:15.3f}" for value in row))
+        results |= zip((f"{of}_{name}" for of in (*rewards, "entropy", "tv")), row, strict=True)
     # What a perfect policy would score: as many samples of p* itself.
     drawn = torch.multinomial(p_star.flatten(), SAMPLES, replacement=True, generator=gen)
     p_drawn = drawn.bincount(minlength=BINS**2).view(BINS, BINS) / SAMPLES
     results["tv_floor"] = total_variation(p_drawn, p_star)
-    print(f"{f'sampling floor: {SAMPLES:,} samples of p*':67}{results['tv_floor']:11.3f}\n")
+    floor = f"{results['tv_floor']:{15 * len(row)}.3f}"
+    print(f"{f'sampling floor: {SAMPLES:,} samples of p*':39}{floor}\n")
     toy_figure(cfg, pairs, compared, p_star, rows, path)
     settings = {k: getattr(cfg, k) for k in ("beta", "gamma", "draws", "batch", "steps", "seed")}
     settings["seconds"] = round(time.time() - STARTED, 1)
-    write_json(Path(cfg.out) / "results.json", results | settings)
-    print("How to read the curves: the labels are random, so the loss ends where that of the true"
-          " reward is\n(dashed), not at 0. The errors of both halves rise, that of the rejected one"
-          " more: only their\ndifference is asked for. The policy is right if its TV is near the"
-          f" floor.\n\nfigure      {path}\nnumbers     {cfg.out}/results.json")
+    held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out")}
+    write_json(Path(cfg.out) / "results.json", results | held_out | settings)
+    print("How to read the curves: the labels are random, so the loss ends where that of the"
+          " reward\nbehind them is (dashed), not at 0. The errors of both halves rise, that of the"
+          " rejected one more:\nonly their difference is asked for. The policy is right if its TV"
+          f" is near the floor.\n\nfigure      {path}\nnumbers     {cfg.out}/results.json")
 
 
 def make_toy(cfg):
     """The toy as a Task: T = 100 noise levels, linear in log SNR from 8 down to -6."""
     ring = Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
-    policy, pairs = ToyPolicy(ring, cfg.seed), ToyPairs(ring, cfg.pairs, cfg.seed)
+    reward, whose = (toy_proxy, "proxy") if cfg.label_with else (toy_reward, "true reward")
+    policy, pairs = ToyPolicy(ring, cfg.seed), ToyPairs(ring, cfg.pairs, cfg.seed, reward)
     held_out = ToyPairs(ring, HELD_OUT_PAIRS, "held out")
     report = functools.partial(toy_report, cfg, ring, policy, pairs)
 
@@ -388,8 +400,8 @@ def make_toy(cfg):
         save=save, load=policy.load_state_dict, sample=report,
         report=functools.partial(report, Path(cfg.out) / "toy.png"),
         facts={"model": "toy: a ring of 8 Gaussians with its exact score, plus a small network",
-               "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the true reward",
-               "held out": f"{len(held_out):,} pairs made like them"})
+               "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the {whose}",
+               "held out": f"{len(held_out):,} more, labelled by that of the true reward"})
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -672,8 +684,12 @@ def fit_image(image, size, u, v, flip):
 class ImagePairs:
     """Preference pairs for Stable Diffusion, decoded as they are asked for."""
 
-    def __init__(self, cfg, split):
+    def __init__(self, cfg, split, device=None):
+        """With a device, the scorer --label-with sees to the labels there."""
         table, self.columns, labels = load_pairs(cfg.data, split, cfg.where)
+        whose = "those of the data"
+        if device and cfg.label_with:
+            labels, whose = relabel(table, self.columns, labels, cfg, device)
         untied = [row for row, label in enumerate(labels) if label in (0, 1)]
         if not untied:
             raise Refusal(f"--data {cfg.data}: of {len(labels)} pairs in split {split} none is left"
@@ -686,6 +702,7 @@ class ImagePairs:
         where = f" where {cfg.where}" if cfg.where else ""
         self.facts = {
             "data": f"{cfg.data}{other}, split {split}{where}, columns {', '.join(self.columns)}",
+            "labels": whose,
             "pairs": f"{len(self):,} after dropping {len(labels) - len(self):,} ties;"
                      f" {len(self.prompts):,} unique prompts (paper: 851,293; 12 % ties; 58,960)"}
 
@@ -780,8 +797,9 @@ def make_stable_diffusion(cfg, device):
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pairs, name = ImagePairs(cfg, cfg.split), HUB.get(cfg.model, cfg.model)
+    name = HUB.get(cfg.model, cfg.model)
     held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
+    pairs = held_out if cfg.evaluate else ImagePairs(cfg, cfg.split, device)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, safety_checker=None).to(device)
     except (OSError, ValueError) as error:
@@ -910,6 +928,96 @@ def evaluate(task, cfg):
         results["kendall_tau"] = (logit.sign() * true.sign()).double().mean().item()
         results["accuracy_of_true_reward"] = accuracy(true)
     return results
+
+
+# --------------------------------------------------------------- by scorers, and labels from them
+
+SCORERS = {  # a CLIPModel, and where its processor is
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "clip": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14")}
+CHUNK = 256  # pairs that are scored between two looks at the disk
+
+
+def load_scorer(name, device):
+    """A function of N images and N prompts; it gives scores (N,) and image embeddings (N, D) of
+    length 1, fp32 on the CPU.
+
+    `name`: one of SCORERS, or hub id or folder of any CLIPModel of transformers. The score is the
+    model's scale times the cosine of image and prompt. CLIP+HEAD.safetensors, for an aesthetic
+    predictor: a linear head of the image embedding, "weight" (1, D) and "bias" (1,).
+    """
+    import transformers
+    from safetensors.torch import load_file
+    base, _, head = name.partition("+")
+    model, processor = SCORERS.get(base, (base, base))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = transformers.CLIPModel.from_pretrained(
+            model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        processor = transformers.CLIPProcessor.from_pretrained(processor)
+        linear = nn.Linear(model.config.projection_dim, 1)
+        if head:
+            linear.load_state_dict(load_file(head))
+        if info["missing_keys"]:
+            raise ValueError("not a CLIPModel")
+    except Exception as error:
+        raise Refusal(f"scorer {name}: {first_line(error)}") from error
+    model.eval().to(device), linear.to(device)
+
+    @torch.no_grad()
+    def score(images, prompts):
+        inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True,
+                           truncation=True)
+        out = model(**inputs.to(device))
+        cosine = (out.image_embeds * out.text_embeds).sum(1)
+        scores = linear(out.image_embeds)[:, 0] if head else model.logit_scale.exp() * cosine
+        return scores.cpu(), out.image_embeds.cpu()
+
+    return score
+
+
+def relabel(table, columns, labels, cfg, device):
+    """AI feedback (paper 5.4): labels as load_pairs gives them, but from the scorer --label-with,
+    and a line about them.
+
+    The scorer sees whole images. The datasets library keeps what it said on disk, CHUNK by CHUNK:
+    another start, on however many processes, scores only what is missing.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+    from tqdm import tqdm
+    rank, world = rank_and_world()
+    score, (caption, *sides) = load_scorer(cfg.label_with, device), columns
+    files = [Path(part) for part in cfg.label_with.split("+")]
+    files += [path for folder in files for path in sorted(folder.glob("*"))]
+    stamp = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
+
+    def margin(row):
+        try:
+            images = [read_image(row[side], Path(cfg.data)) for side in sides]
+        except Exception:  # as in ImagePairs
+            return {"margin": math.nan}
+        first, second = score(images, [row[caption] or ""] * 2)[0].tolist()
+        return {"margin": first - second}
+
+    found = []
+    datasets.disable_progress_bars()
+    for turn in tqdm(range(0, len(table), CHUNK * world), desc=f"scores of {cfg.label_with}",
+                     unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
+        rows = range(len(table))[turn + CHUNK * rank:][:CHUNK]
+        chunk = table.select(rows).select_columns(columns)
+        mark = Hasher.hash([chunk._fingerprint, cfg.label_with, stamp])
+        scored = chunk.map(margin, remove_columns=columns, new_fingerprint=mark)
+        found += sum(gather(scored["margin"][:] if rows else []), [])
+    made = [float(value > 0) if abs(value) > cfg.label_margin else None for value in found]
+    both = [(a, b) for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
+    agreed = f"{sum(a == b for a, b in both) / len(both):.1%}" if both else "none"
+    return made, (f"by {cfg.label_with}: {agreed} of {len(both):,} as in the data;"
+                  f" {sum(map(math.isnan, found)):,} unreadable go with the ties")
+
+
+# -------------------------------------------------------------- a policy from disk, and the verdict
 
 
 def load_policy(task, cfg):
@@ -1106,12 +1214,15 @@ def toy_figure(cfg, pairs, compared, p_star, rows, path):
     for ax, (_, label, p, _) in zip(maps[1:], compared, strict=True):
         ax.imshow(p.T, origin="lower", extent=2 * box, vmax=p_star.max())
         ax.set_title(f"{label}\nTV to p* = {total_variation(p, p_star):.3f}")
-    # The labels are random, so not even the true reward reaches loss 0 and accuracy 1.
-    true_logit = toy_reward(pairs.x_w) - toy_reward(pairs.x_l)
+    # The labels are random, so not even the reward behind them reaches loss 0 and accuracy 1.
+    true_logit = pairs.reward(pairs.x_w) - pairs.reward(pairs.x_l)
     best = -F.logsigmoid(true_logit).mean(), (true_logit > 0).double().mean()
     for ax, knows_nothing, knows_all in zip(curves, (math.log(2), 0.5), best):  # noqa: B905
         ax.axhline(knows_nothing, c="gray", ls=":", label="knows nothing")
-        ax.axhline(knows_all, c="black", ls="--", label="the true reward")
+        ax.axhline(knows_all, c="black", ls="--", label="the labels' reward")
+    if held_out := [(row["step"], row["held_out_accuracy"]) for row in rows
+                    if "held_out_accuracy" in row]:
+        curves[1].plot(*zip(*held_out, strict=True), ".-k", label="policy, held-out pairs")
     log = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     n = min(20, len(rows))  # of the moving average
     for ax, values, colour, label in (
@@ -1173,6 +1284,10 @@ FLAGS = {
         "split": (str, (NO, "train", "train"), "split, or a part of one: train[:-500]"),
         "where": (str, (NO, None, None), "column=value,...: pairs with each value in its column"
                   " (the Dreamlike pairs of paper 5.5: model_0=dream,model_1=dream)"),
+        "label-with": (str, None, "AI feedback (paper 5.4): relabel by pickscore, clip, any other"
+                       " CLIPModel, or CLIP+HEAD.safetensors, a linear head on it; toy: proxy"),
+        "label-margin": (number(float, 0), (NO, 0, 0), "scores that differ by no more are a tie"
+                         " (ours)"),
         "pairs": (COUNT, (200_000, NO, NO), "how many pairs are made (ours)"),
         "resolution": (number(int, 8), (NO, 512, 1024), "pixels a side (the models' own)"),
         "caption-dropout": (number(float, 0, 1), (NO, 0.2, 0.2), "share of the pairs that lose"
@@ -1289,6 +1404,8 @@ def settle(cfg, given):
     if cfg.batch % at_once and not cfg.evaluate:
         raise Refusal(f"--batch {cfg.batch} is no multiple of {world} processes x --micro-batch"
                f" {cfg.micro_batch}; {math.ceil(cfg.batch / at_once) * at_once} is")
+    if toy and cfg.label_with not in (None, "proxy"):
+        raise Refusal(f"--label-with {cfg.label_with}: the toy's only scorer is proxy")
     if cfg.resolution and cfg.resolution % 8:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
     if cfg.prompts and not (Path(cfg.prompts).is_file() and read_prompts(cfg.prompts)):

@@ -28,7 +28,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import diffusion_dpo as dpo
 
@@ -326,11 +326,11 @@ def test_toy_policy_starts_as_the_reference(ring):
     assert any(p.grad.any() for p in policy.parameters())
 
 
-def test_optimum_is_optimal(ring, monkeypatch):
+def test_optimum_is_optimal(ring):
     """p* sums to 1, is p_ref at zero reward, and maximises E[R] - beta KL + gamma H on a grid that
     knows nothing of the script's: the gradient is 0 there, and any other density does worse."""
     beta, gamma = 0.5, 0.25
-    p_star, reward_star = dpo.toy_optimum(ring, beta, gamma)
+    p_star, mean_star = dpo.toy_optimum(ring, beta, gamma)
     assert p_star.sum().item() == pytest.approx(1) and p_star.min() >= 0
 
     axis = (torch.arange(120) + 0.5) / 12 - 5
@@ -347,18 +347,18 @@ def test_optimum_is_optimal(ring, monkeypatch):
     assert objective(best) > objective(best + 0.1 * torch.randn_like(best))
     p = best.softmax(0).detach()
     assert torch.allclose(p.view(30, 4, 30, 4).sum((1, 3)), p_star, atol=1e-4)
-    assert (p * reward).sum().item() == pytest.approx(reward_star, abs=1e-3)
+    assert (p * reward).sum().item() == pytest.approx(mean_star(dpo.toy_reward), abs=1e-3)
 
-    monkeypatch.setattr(dpo, "toy_reward", lambda x: 0 * x[:, 0])
-    assert torch.allclose(dpo.toy_optimum(ring, beta, 0.0)[0], dpo.toy_density(ring.log_prob)[0])
+    nothing = dpo.toy_optimum(ring, beta, 0.0, lambda x: 0 * x[:, 0])[0]
+    assert torch.allclose(nothing, dpo.toy_density(ring.log_prob)[0])
 
 
 def test_histogram_and_density_agree(ring):
     """Samples of p_ref fill the squares as its density says; TV and entropy have known values."""
-    p, mean_reward = dpo.toy_density(ring.log_prob)
+    p, mean = dpo.toy_density(ring.log_prob)
     x = ring.sample(200_000, dpo.generator("test"))
     assert dpo.total_variation(dpo.toy_histogram(x), p) < 0.02
-    assert dpo.toy_reward(x).mean().item() == pytest.approx(mean_reward, abs=0.01)
+    assert dpo.toy_reward(x).mean().item() == pytest.approx(mean(dpo.toy_reward), abs=0.01)
     left, right, far = (dpo.toy_histogram(torch.tensor([[at, -4.9]])) for at in (-4.9, 4.9, 9.0))
     assert left[0, 0] == 1 and right[-1, 0] == 1 and not far.any()
     assert dpo.total_variation(left, left) == 0 and dpo.total_variation(left, right) == 1
@@ -546,10 +546,11 @@ def test_unreadable_pairs_are_skipped_the_same_way_every_time(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with tiny-sd15, tiny-sdxl and pairs.parquet."""
+    """A folder with tiny-sd15, tiny-sdxl, tiny-clip and pairs.parquet."""
     folder = tmp_path_factory.mktemp("tiny")
     for kind in ("sd15", "sdxl"):
         make_tiny.make_model(folder / f"tiny-{kind}", kind)
+    make_tiny.make_scorer(folder / "tiny-clip")
     make_tiny.make_pairs(folder / "pairs.parquet")
     return folder
 
@@ -730,7 +731,7 @@ TOY = ["--toy", "--pairs", "500", "--batch", "8", "--micro-batch", "4", "--draws
 
 
 def command(*argv, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(torchrun if processes else []), str(ROOT / "diffusion_dpo.py"),
             *map(str, argv)]
 
@@ -1035,8 +1036,8 @@ def test_a_policy_that_is_told_scores_1_and_the_reference_half():
     assert results["accuracy_by_timestep"] == [1] * 5
     assert results["error_w"] == 0 < results["error_l"]
     results = judge()
-    assert results["accuracy"] == 0.5 and results["margin"] == 0 and results["pairs"] == 2000
-    assert results["standard_error"] == pytest.approx(0.5 / 2000**0.5)
+    assert results["accuracy"] == 0.5 and results["margin"] == 0 and results["pairs"] == 5000
+    assert results["standard_error"] == pytest.approx(0.5 / 5000**0.5)
     assert results["kendall_tau"] == 0
 
 
@@ -1046,8 +1047,9 @@ def trained(straight):
     return lambda task: task.load({name: 3 * value for name, value in straight[1].items()})
 
 
-def test_evaluation_by_hand(trained):
+def test_evaluation_by_hand(trained, monkeypatch):
     """Every number of evaluate(), from a loop over pairs and draws, with too few for each fifth."""
+    monkeypatch.setattr(dpo, "HELD_OUT_PAIRS", 400)
     results = judge(trained, gamma=0.2, eval_draws=3)
     cfg = dpo.parse(TOY)
     task = dpo.make_toy(cfg)
@@ -1058,7 +1060,7 @@ def test_evaluation_by_hand(trained):
     def logit(four):
         return 0.7 * (four[1] - four[0]) - 0.5 * (four[3] - four[2])
 
-    for row in range(2000):
+    for row in range(400):
         t, eps = dpo.draw_noise("held out", [(dpo.HELD_OUT, row)], 3, 100, (2,))
         x = torch.stack([pairs.x_w[row], pairs.x_l[row]])
         abar = task.alphas_cumprod[t[0]][:, None, None]
@@ -1076,15 +1078,15 @@ def test_evaluation_by_hand(trained):
         for fifth in range(5):
             if (mine := (t[0] // 20) == fifth).any():
                 fifths[fifth].append((logit(four[mine].mean(0)) > 0).item())
-    share = right / 2000
+    share = right / 400
     assert results["accuracy"] == pytest.approx(share, abs=2e-3)
-    assert results["standard_error"] == pytest.approx((share * (1 - share) / 2000) ** 0.5, rel=1e-2)
-    assert results["margin"] == pytest.approx(sum(margins) / 2000, rel=1e-3)
-    assert [results["error_w"], results["error_l"]] == pytest.approx(rises / 2000, rel=1e-3)
-    assert results["kendall_tau"] == pytest.approx(2 * agree / 2000 - 1, abs=4e-3)
+    assert results["standard_error"] == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=1e-2)
+    assert results["margin"] == pytest.approx(sum(margins) / 400, rel=1e-3)
+    assert [results["error_w"], results["error_l"]] == pytest.approx(rises / 400, rel=1e-3)
+    assert results["kendall_tau"] == pytest.approx(2 * agree / 400 - 1, abs=4e-3)
     assert results["accuracy_by_timestep"] == pytest.approx(
         [sum(one) / len(one) for one in fifths], abs=5e-3)
-    assert min(map(len, fifths)) < 2000
+    assert min(map(len, fifths)) < 400
 
 
 def test_swapped_labels_score_1_minus_a(trained):
@@ -1126,10 +1128,147 @@ def test_evaluate_by_torchrun(straight, tmp_path):
     for processes in (0, 2):
         printed = run(*argv, "--evaluate", "--micro-batch", "100", processes=processes)
         results.append(json.loads((tmp_path / "run" / "evaluation.json").read_text()))
-    assert results[0] == results[1] and results[0]["pairs"] == 2000
+    assert results[0] == results[1] and results[0]["pairs"] == 5000
     for name in ("accuracy", "margin", "error_w", "kendall_tau", "accuracy_by_timestep"):
         assert rows[-1][f"held_out_{name}"] == pytest.approx(results[0][name], rel=1e-4)
     assert f"{results[0]['accuracy']:.4f} +- {results[0]['standard_error']:.4f}" in printed
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_scorer_by_hand(tiny, tmp_path, head):
+    """load_scorer: the logit scale times the cosine of the features of a CLIPModel, or a linear
+    head on the image's; prompts too long are cut; batches change nothing."""
+    name = tiny / "tiny-clip"
+    weight, bias = torch.randn(1, 16), torch.tensor([0.5])
+    if head:
+        save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+        name = f"{name}+{tmp_path}/head.safetensors"
+    score = dpo.load_scorer(str(name), torch.device("cpu"))
+    images = [Image.effect_noise((80, 50), 90).convert("RGB"), Image.new("RGB", (40, 90), "red")]
+    prompts = ["a red circle", "word " * 200]
+    model = transformers.CLIPModel.from_pretrained(tiny / "tiny-clip")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny / "tiny-clip")
+    scores, embeds = score(images, prompts)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        pixels = diffusers.image_processor.VaeImageProcessor(resample="bicubic").preprocess(
+            image, height=32, width=32, resize_mode="crop") / 2 + 0.5
+        mean, std = (torch.tensor(x)[:, None, None] for x in (
+            transformers.image_utils.OPENAI_CLIP_MEAN, transformers.image_utils.OPENAI_CLIP_STD))
+        ids = tokenizer(prompt, truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            seen = model.visual_projection(
+                model.vision_model((pixels - mean) / std).pooler_output)[0]
+            said = model.text_projection(model.text_model(ids).pooler_output)[0]
+        cosine = torch.nn.functional.cosine_similarity(seen, said, 0)
+        by_hand = model.logit_scale.exp() * cosine
+        if head:
+            by_hand = weight[0] @ (seen / seen.norm()) + bias[0]
+        assert scores[i].item() == pytest.approx(by_hand.item(), abs=0.05)
+        assert torch.allclose(embeds[i], seen / seen.norm(), atol=0.02)
+    assert torch.allclose(score(images[1:], prompts[1:])[0], scores[1:], atol=1e-4)
+
+
+def redness(calls):
+    """A stand-in for load_scorer: likes red, and keeps count of the pairs it was shown."""
+    def score(images, prompts):
+        calls.append(prompts[0])
+        if prompts[0] == "poison":
+            raise KeyboardInterrupt
+        return torch.tensor([float(image.getpixel((9, 9))[0]) for image in images]), None
+
+    return lambda name, device: score
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_relabelling(tmp_path, monkeypatch, processes):
+    """--label-with turns round exactly the pairs that the scorer sees otherwise, labels human ties,
+    drops its own ties and what cannot be read, says how far it agrees, and scores nothing twice:
+    after an interruption it goes on, another --label-margin costs nothing. On 2 processes each
+    scores its half."""
+    red, blue, dark = "red", "blue", (90, 0, 0)
+    rows = [pick(1.0, red, blue), pick(0.0, red, blue), pick(0.5, blue, red), pick(1.0, blue, blue),
+            pick(1.0, b"broken", red), pick(0.0, blue, red), pick(1.0, dark, red)]
+    rows = [row | {"caption": str(i)} for i, row in enumerate(rows)]
+    path, calls = parquet(tmp_path / "pairs.parquet", rows), []
+    monkeypatch.setattr(dpo, "CHUNK", 2)
+    monkeypatch.setattr(dpo, "load_scorer", redness(calls))
+
+    def pairs(rank=0, gathered=None, **flags):
+        monkeypatch.setattr(dpo, "rank_and_world", lambda: (rank, processes))
+        monkeypatch.setattr(dpo, "gather", gathered or (lambda value: [value]))
+        argv = ["--model", "sd15", "--data", path, "--resolution", "32", "--caption-dropout", "0",
+                "--label-with", "red"] + [f"--{k}={v}" for k, v in flags.items()]
+        return dpo.ImagePairs(dpo.parse(argv), "train", torch.device("cpu"))
+
+    if processes == 2:  # the second process first, then the first, which is told what that found
+        told = []
+        with pytest.raises(Exception):  # noqa: B017  it has only half of the labels
+            pairs(1, lambda value: [told.append(value) or value])
+        assert calls == ["2", "3", "6"]
+        left = iter(told)
+        result = pairs(0, lambda value: [value, next(left)])
+    else:
+        result = pairs()
+    assert sorted(calls) == ["0", "1", "2", "3", "5", "6"]
+    assert result.prompts == ["0", "1", "2", "5", "6"] and result.labels == [1, 1, 0, 0, 0]
+    assert colours(result[[(dpo.HELD_OUT, row) for row in range(4)]]) == ["red"] * 4 + ["blue"] * 4
+    assert "50.0% of 4 as in the data; 1 unreadable" in result.facts["labels"]
+    if processes == 1:
+        assert pairs(**{"label-margin": 200}).prompts == ["0", "1", "2", "5"]
+        assert len(calls) == 6
+        rows[3]["caption"] = "poison"
+        Path(path).unlink()
+        path = parquet(tmp_path / "other.parquet", rows)
+        with pytest.raises(KeyboardInterrupt):
+            pairs()
+        before = len(calls)
+        monkeypatch.setattr(dpo, "load_scorer", lambda *args: lambda images, prompts: (
+            calls.append(prompts[0]) or torch.zeros(2), None))
+        with pytest.raises(dpo.Refusal, match="none is left"):
+            pairs(where="caption=poison")
+        assert pairs().prompts == ["0", "1"] and calls[before + 1:] == ["2", "poison", "5", "6"]
+
+
+def test_relabelled_run_trains_by_the_scorer(tiny, tmp_path, capsys):
+    """--label-with reaches the training of a tiny SD1.5; held-out pairs keep the labels of people,
+    and a changed scorer is another one."""
+    scorer = tmp_path / "clip"
+    shutil.copytree(tiny / "tiny-clip", scorer)
+    argv = ["--model", str(tiny / "tiny-sd15"), "--data", str(tiny / "pairs.parquet"),
+            "--resolution", "64", "--workers", "0", "--label-with", str(scorer)]
+    task = sd_task(dpo.parse([*argv, "--eval-split", "train"]))
+    assert task.facts["labels"].startswith(f"by {scorer}") and "of 56 as in" in task.facts["labels"]
+    assert len(task.pairs) == 64 and len(task.held_out) == 56
+    score = dpo.load_scorer(str(scorer), torch.device("cpu"))
+    table, columns, _ = dpo.load_pairs(str(tiny / "pairs.parquet"), "train")
+    for row in range(3):
+        first, second = (dpo.read_image(table[row][c], Path()) for c in columns[1:])
+        scores = score([first, second], [table[row]["caption"]] * 2)[0]
+        assert task.pairs.labels[row] == float(scores[0] > scores[1])
+    weights = load_file(scorer / "model.safetensors")
+    weights["visual_projection.weight"] *= -1
+    save_file(weights, scorer / "model.safetensors", metadata={"format": "pt"})
+    turned = dpo.ImagePairs(dpo.parse(argv), "train", torch.device("cpu"))
+    assert turned.labels == [1 - label for label in task.pairs.labels]
+
+
+def test_toy_proxy_is_hacked():
+    """Under the proxy's own optimum the proxy is higher and the true reward lower, the lower beta;
+    --label-with proxy labels the training pairs by it, and the held-out ones by the true reward."""
+    ring = dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
+    means = [dpo.toy_optimum(ring, beta, 0, dpo.toy_proxy)[1] for beta in (2, 0.5, 0.25)]
+    true, proxy = ([mean(f) for mean in means] for f in (dpo.toy_reward, dpo.toy_proxy))
+    start = dpo.toy_density(ring.log_prob)[1](dpo.toy_reward)
+    assert true == sorted(true, reverse=True) and proxy == sorted(proxy)
+    assert true[0] > start > true[1]
+    task = dpo.make_toy(dpo.parse(["--toy", "--label-with", "proxy", "--pairs", "20000"]))
+    plain = dpo.make_toy(dpo.parse(["--toy", "--pairs", "20000"]))
+    assert torch.equal(task.held_out.x_w, plain.held_out.x_w)
+    for pairs, reward, other in ((task.pairs, dpo.toy_proxy, dpo.toy_reward),
+                                 (plain.pairs, dpo.toy_reward, dpo.toy_proxy)):
+        losses = [-torch.nn.functional.logsigmoid(f(pairs.x_w) - f(pairs.x_l)).mean()
+                  for f in (reward, other)]
+        assert losses[0] < losses[1]
 
 
 def test_evaluate_images(tiny, tmp_path, capsys):
@@ -1190,6 +1329,10 @@ def wrong_inputs():
         (sd + "{tmp}/label.parquet", "label_0 holds"),
         (sd + "{tmp}/numbers.parquet", "does not hold images"),
         (sd + "{tmp}/none.parquet", "no data"),
+        ("--toy --label-with clip", "only scorer is proxy"),
+        (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-sd15", "scorer {tiny}/tiny-sd15"),
+        (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-sd15/text_encoder", "scorer"),
+        (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-clip+{tmp}/file.txt", "file.txt: "),
         ("--toy --evaluate --out {tmp}/empty", "holds no run; train one"),
         ("--toy --policy {tmp}", "add --evaluate"),
         ("--toy --evaluate --policy {tmp}/empty --out {tmp}/empty", "no policy in it"),

@@ -5,7 +5,7 @@ schedules and conventions, with random weights and few of them. The pairs have t
 Pick-a-Pic v2. A script that trains on these trains on the real ones with only its paths changed,
 so every code path can be tried on a laptop. Nothing is downloaded.
 
-    python toy/make_tiny.py [folder]    # tiny-sd15/, tiny-sdxl/, pairs.parquet; default: toy/
+    python toy/make_tiny.py [folder]    # tiny-{sd15,sdxl,clip}/, pairs.parquet; default: toy/
 """
 
 import argparse
@@ -99,6 +99,26 @@ def make_model(folder, kind, prediction_type="epsilon"):
     beside.replace(folder)
 
 
+def make_scorer(folder):
+    """Write a random CLIPModel and its processor to `folder`, as CLIP's lie on the hub."""
+    folder = Path(folder)
+    text = _text_encoder(transformers.CLIPTextModel, 32, "gelu").config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8)
+    config = transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(),
+                                     projection_dim=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = transformers.CLIPModel(config)
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 32},
+                                           crop_size={"height": 32, "width": 32}),
+        _tokenizer("<|endoftext|>"))
+    for part in (model, processor):
+        part.save_pretrained(folder)
+
+
 def _draw(rng, shape, colour, ground, size):
     """The bytes of a JPEG; the place and size of the shape vary, and at times the frame does."""
     width, height = rng.choice([(size, size)] * 3 + [(size * 5 // 4, size), (size, size * 9 // 8)])
@@ -134,7 +154,7 @@ def make_pairs(path, n=64, size=96, seed=0, ties=0.125):
 
 
 def main():
-    """Write all three, say what they are and what to run next."""
+    """Write all of it, say what it is and what to run next."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent, type=Path)
     folder = Path(os.path.relpath(parser.parse_args().folder))
@@ -146,8 +166,9 @@ def main():
     model, pairs = folder / "tiny-sdxl", folder / "pairs.parquet"
     make_model(folder / "tiny-sd15", "sd15")
     make_model(model, "sdxl")
+    make_scorer(folder / "tiny-clip")
     make_pairs(pairs)
-    for path in (folder / "tiny-sd15", model, pairs):
+    for path in (folder / "tiny-sd15", model, folder / "tiny-clip", pairs):
         size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
         print(f"wrote {path}  {size / 1e6:.1f} MB")
     print(f"next: python diffusion_dpo.py --model {model} --data {pairs} "

@@ -1,6 +1,6 @@
-"""Make the README's toy table: every setting with three seeds, by the command line itself.
+"""Make the README's toy tables: every setting with three seeds, by the command line itself.
 
-    python toy/table.py        # toy/table.json, toy/toy.png and a Markdown table; about 20 minutes
+    python toy/table.py        # toy/table.json, toy/toy.png, Markdown tables; about 35 minutes
 """
 
 import json
@@ -12,13 +12,20 @@ from statistics import median
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-SETTINGS = {  # the flags after --toy
-    "DPO": "",
-    "SEE-DPO": "--gamma 0.5",
-    "DPO, one draw": "--draws 1 --batch 2048",  # as many network calls as 64 draws of 32 pairs
-}
-COLUMNS = ("tv_reference", "tv_policy", "tv_floor", "reward_policy", "reward_optimum",
-           "entropy_policy", "entropy_optimum")
+TABLES = (  # names in results.json; setting: the flags after --toy
+    (("tv_reference", "tv_policy", "tv_floor", "reward_policy", "reward_optimum",
+      "entropy_policy", "entropy_optimum"),
+     {"DPO": "", "SEE-DPO": "--gamma 0.5",
+      "DPO, one draw": "--draws 1 --batch 2048",  # as many network calls as 64 draws of 32 pairs
+      "SFT": "--method sft"}),
+    (("held_out_accuracy", "held_out_standard_error", "held_out_accuracy_of_true_reward",
+      "held_out_kendall_tau", "held_out_margin", "held_out_error_w", "held_out_error_l"),
+     {"DPO": "", "SEE-DPO": "--gamma 0.5", "SFT": "--method sft"}),
+    (("reward_reference", "reward_policy", "reward_optimum", "proxy_reference", "proxy_policy",
+      "held_out_kendall_tau"),
+     {"beta 2": "--label-with proxy --beta 2", "beta 0.5": "--label-with proxy",
+      "beta 0.25": "--label-with proxy --beta 0.25"}),
+)
 
 
 def run(flags, seed):
@@ -38,16 +45,19 @@ def cell(values):
 
 
 def main():
-    table = {}
-    lines = ["| setting | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, flags in SETTINGS.items():
-        runs = [run(flags, seed) for seed in SEEDS]
-        table[name] = [results for results, _ in runs]
-        if name == "DPO":
-            shutil.copy(runs[0][1], HERE / "toy.png")
-        cells = [cell([results[column] for results in table[name]]) for column in COLUMNS]
-        lines.append(f"| {name}: `{('--toy ' + flags).strip()}` | " + " | ".join(cells) + " |")
-    (HERE / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    results, lines = {}, []
+    for columns, settings in TABLES:
+        lines += ["| setting | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name, flags in settings.items():
+            runs = [run(flags, seed) for seed in SEEDS]
+            command = ("--toy " + flags).strip()
+            results[command] = [numbers for numbers, _ in runs]
+            if not flags:
+                shutil.copy(runs[0][1], HERE / "toy.png")
+            cells = [cell([numbers[column] for numbers in results[command]]) for column in columns]
+            lines.append(f"| {name}: `{command}` | " + " | ".join(cells) + " |")
+        lines.append("")
+    (HERE / "table.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(lines))
 
 
