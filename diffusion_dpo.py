@@ -56,6 +56,8 @@ Where the paper, its released code and this file differ:
 
 import argparse
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -65,6 +67,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -207,6 +210,7 @@ class Task:
     facts: dict  # lines for the start of the run: {"pairs": "200,000, ..."}
     folder: str = "policy"  # the policy's place in --out
     prediction: str = "epsilon"  # or "v_prediction"
+    draw: Callable | None = None  # ("reference" or "policy", [(prompt, number), ...]) -> images
     true_margin: Callable | None = None  # batch -> true reward of x_w minus that of x_l (B,)
 
 
@@ -799,7 +803,7 @@ def make_stable_diffusion(cfg, device):
     transformers.utils.logging.disable_progress_bar()
     name = HUB.get(cfg.model, cfg.model)
     held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
-    pairs = held_out if cfg.evaluate else ImagePairs(cfg, cfg.split, device)
+    pairs = held_out if cfg.judging else ImagePairs(cfg, cfg.split, device)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, safety_checker=None).to(device)
     except (OSError, ValueError) as error:
@@ -824,6 +828,9 @@ def make_stable_diffusion(cfg, device):
                 module.to(torch.bfloat16)
     if cfg.checkpointing == "on":
         unet.enable_gradient_checkpointing()
+    held_out_fact = {}
+    if held_out:
+        held_out_fact["held out"] = f"{len(held_out):,} pairs of split {cfg.eval_split}"
     d = unet.config.in_channels * (cfg.resolution // pipe.vae_scale_factor) ** 2
     sdxl = unet.config.addition_embed_type == "text_time"
 
@@ -837,14 +844,17 @@ def make_stable_diffusion(cfg, device):
             cond["time_ids"] = batch["time_ids"].to(device, non_blocking=True)  # (2B, 6)
         return x_w, x_l, cond
 
+    def draw(side, jobs):
+        pipe.unet = {"reference": reference.unet, "policy": unet}[side]
+        noise = [generator("draw", *job) for job in jobs]
+        with autocast(cfg, device):
+            return pipe([prompt for prompt, _ in jobs], height=cfg.resolution,
+                        width=cfg.resolution, generator=noise).images if jobs else []
+
     def sample(path, rows):
-        size, sheet = cfg.resolution, []
         given = read_prompts(cfg.prompts) if cfg.prompts else pairs.prompts[:4]
-        for row, prompt in enumerate(given):
-            for pipe.unet in (reference.unet, unet):  # on the left, on the right
-                gen = generator(cfg.seed, "sample", row)  # the same noise for both
-                with autocast(cfg, device):
-                    sheet += pipe(prompt, height=size, width=size, generator=gen).images
+        sheet = [draw(side, [(prompt, cfg.seed)])[0]
+                 for prompt in given for side in ("reference", "policy")]
         diffusers.utils.make_image_grid(sheet, len(given), 2).save(path)
 
     def report(rows):
@@ -857,13 +867,12 @@ def make_stable_diffusion(cfg, device):
         policy=Denoiser(unet), reference=reference, folder="unet",
         alphas_cumprod=schedule.alphas_cumprod.to(device),
         weight=torch.full_like(schedule.alphas_cumprod, 1 / (2 * d), device=device),
-        prediction=prediction, pairs=pairs, held_out=held_out, encode=encode,
+        prediction=prediction, pairs=pairs, held_out=held_out, encode=encode, draw=draw,
         save=lambda folder: unet.save_pretrained(folder, max_shard_size="100GB"),  # in one file
         load=unet.load_state_dict, sample=sample, report=report,
         facts={"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
                f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
-        | pairs.facts | ({"held out": f"{len(held_out):,} pairs of split {cfg.eval_split}"}
-                         if held_out else {}))
+        | (pairs.facts if pairs else {}) | held_out_fact)
 
 
 # ==================================================================================================
@@ -904,7 +913,9 @@ def evaluate(task, cfg):
                   in zip(batch["keys"], errors, t, true, strict=True)
                   if str(row) not in batch.get("unreadable", {})]
     found = sorted(sum(gather(found), []), key=lambda numbers: numbers[0])
-    if not found:
+    if not found and cfg.evaluate:
+        raise Refusal(f"--data {cfg.data}: of {n} pairs in split {cfg.eval_split} none can be read")
+    if not found:  # no reason to stop a training
         return {"pairs": 0, "unreadable": n}
     _, errors, t, true = zip(*found, strict=True)
     errors, t, true = torch.stack(errors), torch.stack(t), torch.stack(true)
@@ -930,28 +941,24 @@ def evaluate(task, cfg):
     return results
 
 
-# --------------------------------------------------------------- by scorers, and labels from them
+# ---------------------------------------------------------------- by scorers, and labels from them
 
 SCORERS = {  # a CLIPModel, and where its processor is
     "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "clip": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14")}
-CHUNK = 256  # pairs that are scored between two looks at the disk
 
 
 def load_scorer(name, device):
-    """A function of N images and N prompts; it gives scores (N,) and image embeddings (N, D) of
-    length 1, fp32 on the CPU.
+    """A function of N images and N prompts: scores (N,), and image embeddings (N, D) of length 1.
 
-    `name`: one of SCORERS, or hub id or folder of any CLIPModel of transformers. The score is the
-    model's scale times the cosine of image and prompt. CLIP+HEAD.safetensors, for an aesthetic
-    predictor: a linear head of the image embedding, "weight" (1, D) and "bias" (1,).
+    `name`: one of SCORERS, or hub id or folder of any CLIPModel; the score is its scale times the
+    cosine of image and prompt. CLIP+HEAD.safetensors, for an aesthetic predictor: a linear head,
+    "weight" (1, D) and "bias" (1,), of the image embedding. Raises Refusal.
     """
     import transformers
     from safetensors.torch import load_file
     base, _, head = name.partition("+")
     model, processor = SCORERS.get(base, (base, base))
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.CLIPModel.from_pretrained(
             model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
@@ -961,15 +968,14 @@ def load_scorer(name, device):
             linear.load_state_dict(load_file(head))
         if info["missing_keys"]:
             raise ValueError("not a CLIPModel")
-    except Exception as error:
+    except Exception as error:  # the hub's and safetensors' errors have no common base class
         raise Refusal(f"scorer {name}: {first_line(error)}") from error
     model.eval().to(device), linear.to(device)
 
     @torch.no_grad()
     def score(images, prompts):
-        inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True,
-                           truncation=True)
-        out = model(**inputs.to(device))
+        out = model(**processor(text=prompts, images=images, return_tensors="pt", padding=True,
+                                truncation=True).to(device))
         cosine = (out.image_embeds * out.text_embeds).sum(1)
         scores = linear(out.image_embeds)[:, 0] if head else model.logit_scale.exp() * cosine
         return scores.cpu(), out.image_embeds.cpu()
@@ -977,12 +983,15 @@ def load_scorer(name, device):
     return score
 
 
-def relabel(table, columns, labels, cfg, device):
-    """AI feedback (paper 5.4): labels as load_pairs gives them, but from the scorer --label-with,
-    and a line about them.
+CHUNK = 256  # pairs that are scored between two looks at the disk
 
-    The scorer sees whole images. The datasets library keeps what it said on disk, CHUNK by CHUNK:
-    another start, on however many processes, scores only what is missing.
+
+def relabel(table, columns, labels, cfg, device):
+    """AI feedback (paper 5.4): labels like those of load_pairs, but from the scorer --label-with,
+    who sees whole images; and a line about them.
+
+    The datasets library keeps the scores on disk: another start, on however many processes, scores
+    only what is missing.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -1001,23 +1010,97 @@ def relabel(table, columns, labels, cfg, device):
         first, second = score(images, [row[caption] or ""] * 2)[0].tolist()
         return {"margin": first - second}
 
-    found = []
+    margins = []
     datasets.disable_progress_bars()
-    for turn in tqdm(range(0, len(table), CHUNK * world), desc=f"scores of {cfg.label_with}",
+    for turn in tqdm(range(0, len(table), CHUNK * world), desc="scores",
                      unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
         rows = range(len(table))[turn + CHUNK * rank:][:CHUNK]
         chunk = table.select(rows).select_columns(columns)
         mark = Hasher.hash([chunk._fingerprint, cfg.label_with, stamp])
         scored = chunk.map(margin, remove_columns=columns, new_fingerprint=mark)
-        found += sum(gather(scored["margin"][:] if rows else []), [])
-    made = [float(value > 0) if abs(value) > cfg.label_margin else None for value in found]
-    both = [(a, b) for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
-    agreed = f"{sum(a == b for a, b in both) / len(both):.1%}" if both else "none"
-    return made, (f"by {cfg.label_with}: {agreed} of {len(both):,} as in the data;"
-                  f" {sum(map(math.isnan, found)):,} unreadable go with the ties")
+        margins += sum(gather(scored["margin"][:] if rows else []), [])
+    made = [float(value > 0) if abs(value) > cfg.label_margin else None for value in margins]
+    agree = [a == b for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
+    return made, (f"by {cfg.label_with}; {sum(agree):,} of {len(agree):,} as in the data,"
+                  f" {sum(map(math.isnan, margins)):,} unreadable")
 
 
-# -------------------------------------------------------------- a policy from disk, and the verdict
+def head_to_head(names, scores, embeds):
+    """Reference against policy for P prompts of n images each: scores (P, n, 2, S) by the scorers
+    `names`, embeddings (P, n, 2, D) by the first of them. Returns {name: numbers}.
+
+    Win rate: how often the policy's image has the higher score, a tie counts 1/2; beside it the
+    median scores. Diversity, if n > 1: the mean of 1 - cosine over the pairs of images of one
+    prompt, policy minus reference. The 95 % intervals are a bootstrap over prompts.
+    """
+    P, n = scores.shape[:2]
+    again = torch.randint(P, (2000, P), generator=generator("bootstrap"))
+
+    def row(name, values, reference, policy):  # values (P,)
+        ends = values[again].mean(1).quantile(torch.tensor([0.025, 0.975]))
+        return {name: values.mean().item(), "interval": ends.tolist(),
+                "reference": reference.item(), "policy": policy.item()}
+
+    wins = (scores[:, :, 1] - scores[:, :, 0]).sign().mean(1) / 2 + 0.5  # (P, S)
+    medians = scores.flatten(0, 1).quantile(0.5, 0)  # (2, S)
+    results = {name: row("win_rate", wins[:, s], *medians[:, s]) for s, name in enumerate(names)}
+    if n > 1:  # unit vectors: the square of their sum is n plus all cosines
+        distance = 1 - (embeds.sum(1).square().sum(-1) - n) / (n * (n - 1))  # (P, 2)
+        change = distance[:, 1] - distance[:, 0]
+        results["diversity"] = row("difference", change, *distance.mean(0))
+    return results
+
+
+def compare(task, cfg, path):
+    """Reference and policy draw the same prompts from the same noise (paper 5.2, Fig. 3 and 6);
+    scorers judge. Returns head_to_head's results.
+
+    Images lie in OUT/comparison and are not made again. OUT/comparison.png shows, for the first
+    scorer, the largest wins of the policy on the left and its largest losses on the right.
+    """
+    import diffusers
+    from PIL import Image, ImageDraw
+    from tqdm import tqdm
+    rank, world = rank_and_world()
+    prompts, out = list(dict.fromkeys(read_prompts(cfg.prompts))), Path(cfg.out)
+    scorers = {name: load_scorer(name, task.weight.device) for name in cfg.scorers.split(",")}
+    made_by = {"reference": (cfg.model, cfg.resolution, cfg.precision)}
+    made_by["policy"] = (*made_by["reference"], path, os.stat(path).st_mtime_ns)
+    jobs = [(prompt, k) for prompt in prompts for k in range(cfg.images)]
+
+    def file(side, job):
+        folder, name = (hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+                        for what in (made_by[side], job))
+        return out / "comparison" / f"{side}-{folder}" / f"{name}.png"
+
+    found = []  # for every job: its number, scores (2, S), embeddings (2, D)
+    for first in tqdm(range(rank * cfg.micro_batch, len(jobs), world * cfg.micro_batch),
+                      unit=" batches", ncols=99, disable=rank > 0):
+        batch, judged = jobs[first:first + cfg.micro_batch], []
+        for side in made_by:
+            missing = [job for job in batch if not file(side, job).exists()]
+            for job, image in zip(missing, task.draw(side, missing), strict=True):
+                file(side, job).parent.mkdir(parents=True, exist_ok=True)
+                write_file(file(side, job), functools.partial(image.save, format="PNG"))
+            images = [Image.open(file(side, job)).convert("RGB") for job in batch]
+            pairs = [score(images, [prompt for prompt, _ in batch]) for score in scorers.values()]
+            judged.append((torch.stack([scores for scores, _ in pairs], 1), pairs[0][1]))
+        scores, embeds = (torch.stack(sides, 1) for sides in zip(*judged, strict=True))
+        found += zip(range(first, first + len(batch)), scores, embeds, strict=True)
+    found = sorted(sum(gather(found), []), key=lambda numbers: numbers[0])
+    _, scores, embeds = zip(*found, strict=True)
+    scores, embeds = torch.stack(scores), torch.stack(embeds)  # (jobs, 2, S), (jobs, 2, D)
+    order, sheet = (scores[:, 1, 0] - scores[:, 0, 0]).argsort(descending=True).tolist(), []
+    for shown in [*zip(order, order[::-1], strict=True)][:min(4, len(order) // 2 or 1)]:
+        for job, (at, side) in itertools.product(shown, enumerate(made_by)):
+            sheet.append(Image.open(file(side, jobs[job])).convert("RGB"))
+            text = textwrap.fill(f"{side} {scores[job, at, 0]:.3f}: {jobs[job][0]}", 40)
+            ImageDraw.Draw(sheet[-1]).text((8, 8), text, "white", stroke_fill="black",
+                                           stroke_width=2, font_size=sheet[-1].width / 24)
+    if rank == 0:
+        diffusers.utils.make_image_grid(sheet, len(sheet) // 4, 4).save(out / "comparison.png")
+    shape = len(prompts), cfg.images, 2, -1
+    return head_to_head(scorers, scores.view(shape), embeds.view(shape))
 
 
 def load_policy(task, cfg):
@@ -1027,7 +1110,7 @@ def load_policy(task, cfg):
     folders = [named, named / task.folder, *sorted(named.glob(f"checkpoint-*/{task.folder}"))[::-1]]
     paths = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
     try:
-        if not paths and cfg.policy and not named.exists():
+        if not (paths or named.exists()):
             from huggingface_hub import hf_hub_download
             paths = [hf_hub_download(cfg.policy, f"{task.folder}/{WEIGHTS}")]
         task.load(load_file(paths[0]))
@@ -1039,34 +1122,36 @@ def load_policy(task, cfg):
     return str(paths[0])
 
 
-def report_evaluation(task, cfg, path, results):
-    """Prints what evaluate() found and writes it to OUT/evaluation.json."""
-    if not results["pairs"]:
-        raise Refusal(f"--data {cfg.data}: none of {results['unreadable']} pairs can be read")
-    by_timestep = " ".join(f"{share:.3f}" for share in results["accuracy_by_timestep"] if share)
-    yardstick = "paper: 0.608 for SD1.5, 0.720 for SDXL"
-    if task.true_margin:
-        yardstick = f"the true reward: {results['accuracy_of_true_reward']:.4f}"
-    shown = {name: task.facts[name] for name in ("model", "data", "held out") if name in task.facts}
-    print_facts(shown | {
-        "policy": path,
-        "judged": f"{results['pairs']:,} pairs, {results['unreadable']} more unreadable;"
-                  f" {cfg.eval_draws} draws of (t, eps) each, the same for every policy",
-        "accuracy": f"{results['accuracy']:.4f} +- {results['standard_error']:.4f} (who knows"
-                    f" nothing: 1/2; {yardstick})",
-        "by timestep": f"{by_timestep}: fifths of t, from little noise to much",
-        "margin": f"{results['margin']:.4g} (mean logit; beta {cfg.beta:g}, gamma {cfg.gamma:g})",
-        "errors": f"policy - reference: preferred {results['error_w']:+.4g}, rejected"
-                  f" {results['error_l']:+.4g}"})
-    if task.true_margin:
-        tau = results["kendall_tau"]
-        print_facts({"tau": f"{tau:.4f}, Kendall's, between implicit and true reward"})
+def judge(task, cfg):
+    """--evaluate and --compare: prints what they find, by the names that it has in
+    OUT/evaluation.json and OUT/comparison.json."""
+    path, results = load_policy(task, cfg), {}
+    if cfg.evaluate:
+        results["evaluation"] = evaluate(task, cfg)
+    if cfg.compare:
+        results["comparison"] = compare(task, cfg, path)
+    if rank_and_world()[0] > 0:
+        return
+
+    def text(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {text(number)}" for name, number in value.items())
+        if isinstance(value, list):
+            return " ".join(map(text, value))
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     if cfg.seen:
-        print_facts({"WARNING": "trained on these very pairs: name others by --data or --split"})
-    print_facts({"numbers": f"{cfg.out}/evaluation.json"})
-    named = {name: getattr(cfg, name) for name in ("model", "data", "split", "beta", "gamma")}
-    write_json(Path(cfg.out) / "evaluation.json",
-               results | named | {"policy": path, "draws": cfg.eval_draws})
+        print_facts({"WARNING": "trained on these very pairs; name others by --data or --split"})
+    facts = {name: task.facts[name] for name in ("model", "data", "held out") if name in task.facts}
+    print_facts(facts | {"policy": path})
+    asked = {"evaluation": ("model", "data", "eval_split", "eval_draws", "beta", "gamma"),
+             "comparison": ("model", "resolution", "prompts", "images")}
+    for name, found in results.items():
+        file, given = Path(cfg.out) / f"{name}.json", {f: getattr(cfg, f) for f in asked[name]}
+        write_json(file, found | given | {"policy": path})
+        print(f"\n{name}: {file}")
+        for what, value in found.items():
+            print(f"    {what:25} {text(value)}")
 
 
 # ==================================================================================================
@@ -1150,13 +1235,19 @@ def to_disk(path):
     os.close(handle)
 
 
-def write_json(path, content, indent=1):
-    """Writes `content`, or a line for each row of a list, to `path`, whole or not at all."""
-    lines = content if isinstance(content, list) else [content]
+def write_file(path, fill):
+    """fill(path), atomically: whenever the machine dies, `path` is whole, or as it was before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line, indent=indent) + "\n" for line in lines))
+    fill(partial)
     to_disk(partial)
     partial.replace(path)
+
+
+def write_json(path, content, indent=1):
+    """Writes `content`, or a line for each row of a list, to `path`."""
+    lines = content if isinstance(content, list) else [content]
+    text = "".join(json.dumps(line, indent=indent) + "\n" for line in lines)
+    write_file(path, lambda partial: partial.write_text(text))
 
 
 def write_folder(folder, fill):
@@ -1311,11 +1402,16 @@ FLAGS = {
     "judging a policy, instead of training one or in between": {
         "evaluate": (bool, None, "does its implicit reward tell which half of a pair is preferred?"
                      " On the pairs of --split; writes OUT/evaluation.json"),
+        "compare": (bool, (NO, None, None), "does it draw --prompts better than the reference?"
+                    " Writes OUT/comparison.json and .png"),
         "policy": (str, None, "folder or hub id of the policy (default: the newest of --out)"),
         "eval-draws": (COUNT, 10, "draws of (t, eps) per pair (paper 5.5)"),
         "eval-every": (SIZE, (300, 0, 0), "steps between evaluations in training; 0: none (ours)"),
         "eval-split": (str, (NO, None, None), "the pairs for these, such as train[-500:] beside"
-                       " --split train[:-500]")},
+                       " --split train[:-500]"),
+        "scorers": (str, (NO, "pickscore", "pickscore"), "judges of --compare, as for --label-with,"
+                    " by comma (paper: PickScore, HPS, CLIP, aesthetics)"),
+        "images": (COUNT, (NO, 4, 4), "per prompt of --compare; diversity needs 2 (ours)")},
     "the output": {
         "out": (str, None, "folder; the same command again goes on from its newest checkpoint"
                 " (default: runs/ and the flags given)"),
@@ -1323,12 +1419,12 @@ FLAGS = {
         "sample-every": (SIZE, (0, 250, 250), "steps between pictures, reference beside policy;"
                          " 0: none (ours)"),
         "log-every": (COUNT, (10, 1, 1), "steps between lines of metrics.jsonl (ours)"),
-        "prompts": (str, (NO, None, None), "file, a prompt a line, for the pictures (default: the"
-                    " first 4 of the data)"),
+        "prompts": (str, (NO, None, None), "file, a prompt a line, for pictures and --compare"
+                    " (default: the first 4 of the data)"),
         "workers": (SIZE, (0, 4, 4), "processes that read images, per GPU (ours)")}}
 # These may differ when a run is started again; the rest makes it another run.
-FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate eval_draws
-    eval_every eval_split""".split()
+FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate compare judging
+    eval_draws eval_every eval_split scorers images""".split()
 
 
 def parse(argv=None):
@@ -1398,10 +1494,11 @@ def settle(cfg, given):
                           ("precision", "bf16" if torch.cuda.is_available() else "fp32")):
         if getattr(cfg, name) is None:
             setattr(cfg, name, default)
-    if "micro_batch" not in given and not cfg.evaluate:
+    cfg.judging = bool(cfg.evaluate or cfg.compare)
+    if "micro_batch" not in given and not cfg.judging:
         cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)
     at_once = world * cfg.micro_batch
-    if cfg.batch % at_once and not cfg.evaluate:
+    if cfg.batch % at_once and not cfg.judging:
         raise Refusal(f"--batch {cfg.batch} is no multiple of {world} processes x --micro-batch"
                f" {cfg.micro_batch}; {math.ceil(cfg.batch / at_once) * at_once} is")
     if toy and cfg.label_with not in (None, "proxy"):
@@ -1412,8 +1509,10 @@ def settle(cfg, given):
         raise Refusal(f"--prompts {cfg.prompts}: no such file, or no prompt in it")
     if cfg.evaluate and not toy:
         cfg.eval_split = cfg.eval_split or cfg.split
-    if cfg.policy and not cfg.evaluate:
-        raise Refusal(f"--policy {cfg.policy}: it is judged, not trained; add --evaluate")
+    if cfg.policy and not cfg.judging:
+        raise Refusal(f"--policy {cfg.policy}: it is not trained; add --evaluate or --compare")
+    if cfg.compare and not cfg.prompts:
+        raise Refusal("--compare: it needs --prompts, a file with a prompt a line")
     if cfg.eval_every and not (toy or cfg.eval_split):
         raise Refusal(f"--eval-every {cfg.eval_every}: it needs --eval-split, pairs that are not"
                       " trained on, such as train[-500:] beside --split train[:-500]")
@@ -1421,7 +1520,7 @@ def settle(cfg, given):
         words = [f"{name}={value}" for name, value in given.items() if name not in FREE]
         cfg.out = "runs/" + re.sub(r"[^\w.=+-]+", "_", "-".join([Path(cfg.model).name, *words]))
     cfg.seen = False
-    if cfg.evaluate and not cfg.policy:  # as it was trained, where no flag says otherwise
+    if cfg.judging and not cfg.policy:  # as it was trained, where no flag says otherwise
         there = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
         if there["model"] != cfg.model:
             raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {there['model']}")
@@ -1453,7 +1552,7 @@ def check_out(cfg):
 def main(argv=None):
     try:
         cfg = parse(argv)
-        if not cfg.evaluate:
+        if not cfg.judging:
             check_out(cfg)
         gpu = torch.cuda.is_available() and cfg.preset != "toy"
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
@@ -1462,13 +1561,12 @@ def main(argv=None):
         if "RANK" in os.environ:  # torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         task = make_toy(cfg) if cfg.preset == "toy" else make_stable_diffusion(cfg, device)
-        if cfg.evaluate:
-            path, results = load_policy(task, cfg), evaluate(task, cfg)
-            report = functools.partial(report_evaluation, task, cfg, path, results)
+        if cfg.judging:
+            judge(task, cfg)
         else:
-            report = functools.partial(task.report, train(task, cfg))
-        if rank_and_world()[0] == 0:
-            report()
+            rows = train(task, cfg)
+            if rank_and_world()[0] == 0:
+                task.report(rows)
         if dist.is_initialized():  # not after an error: it would wait for processes that are gone
             dist.destroy_process_group()
     except (Refusal, OSError) as error:  # OSError: a folder not writable, a disk that is full

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1131,7 +1132,7 @@ def test_evaluate_by_torchrun(straight, tmp_path):
     assert results[0] == results[1] and results[0]["pairs"] == 5000
     for name in ("accuracy", "margin", "error_w", "kendall_tau", "accuracy_by_timestep"):
         assert rows[-1][f"held_out_{name}"] == pytest.approx(results[0][name], rel=1e-4)
-    assert f"{results[0]['accuracy']:.4f} +- {results[0]['standard_error']:.4f}" in printed
+    assert f"accuracy                  {results[0]['accuracy']:.4g}" in printed
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -1212,7 +1213,7 @@ def test_relabelling(tmp_path, monkeypatch, processes):
     assert sorted(calls) == ["0", "1", "2", "3", "5", "6"]
     assert result.prompts == ["0", "1", "2", "5", "6"] and result.labels == [1, 1, 0, 0, 0]
     assert colours(result[[(dpo.HELD_OUT, row) for row in range(4)]]) == ["red"] * 4 + ["blue"] * 4
-    assert "50.0% of 4 as in the data; 1 unreadable" in result.facts["labels"]
+    assert "by red; 2 of 4 as in the data, 1 unreadable" in result.facts["labels"]
     if processes == 1:
         assert pairs(**{"label-margin": 200}).prompts == ["0", "1", "2", "5"]
         assert len(calls) == 6
@@ -1229,6 +1230,109 @@ def test_relabelling(tmp_path, monkeypatch, processes):
         assert pairs().prompts == ["0", "1"] and calls[before + 1:] == ["2", "poison", "5", "6"]
 
 
+def test_head_to_head_by_hand():
+    """Win rate with ties at 1/2, medians, the distance between all pairs of images of a prompt;
+    the interval covers what it should: that of a fair coin, about +- 1.96 / (2 sqrt P)."""
+    gen = torch.Generator().manual_seed(0)
+    scores = torch.rand(7, 3, 2, 2, generator=gen)
+    scores[0, 1, 1] = scores[0, 1, 0]  # a tie
+    embeds = torch.nn.functional.normalize(torch.randn(7, 3, 2, 5, generator=gen), dim=-1)
+    results = dpo.head_to_head(["a", "b"], scores, embeds)
+    for s, name in enumerate(["a", "b"]):
+        flat = scores[..., s].flatten(0, 1).tolist()
+        wins = sum((policy > reference) + 0.5 * (policy == reference) for reference, policy in flat)
+        assert results[name]["win_rate"] == pytest.approx(wins / 21)
+        for side, values in zip(("reference", "policy"), zip(*flat, strict=True), strict=True):
+            assert results[name][side] == pytest.approx(statistics.median(values))
+    far = [statistics.mean(1 - (embeds[p, i, side] @ embeds[p, k, side]).item() for p in range(7)
+                           for i in range(3) for k in range(3) if i != k) for side in (0, 1)]
+    assert [results["diversity"][side] for side in ("reference", "policy")] == pytest.approx(far)
+    assert results["diversity"]["difference"] == pytest.approx(far[1] - far[0], abs=1e-6)
+    assert "diversity" not in dpo.head_to_head(["a", "b"], scores[:, :1], embeds[:, :1])
+
+    coin = torch.stack([torch.zeros(400), torch.randn(400, generator=gen)], 1).view(400, 1, 2, 1)
+    low, high = dpo.head_to_head(["a"], coin, None)["a"]["interval"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
+
+
+@pytest.fixture
+def contest(tiny, tmp_path):
+    """argv of a --compare of the tiny SD1.5 with another random one, in 4 sampling steps."""
+    for name in ("base", "policy"):
+        shutil.copytree(tiny / "tiny-sd15", tmp_path / name)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        config = diffusers.UNet2DConditionModel.load_config(tmp_path / "policy" / "unet")
+        diffusers.UNet2DConditionModel.from_config(config).save_pretrained(
+            tmp_path / "policy" / "unet")
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\na cat\na very long prompt\n")
+    return ["--model", tmp_path / "base", "--compare", "--policy", tmp_path / "policy",
+            "--resolution", "64", "--prompts", tmp_path / "prompts.txt", "--images", "2",
+            "--scorers", f"{tiny}/tiny-clip", "--out", tmp_path / "out"]
+
+
+def test_compare(contest, tmp_path, monkeypatch, capsys):
+    """--compare: policy and reference from the same noise, 2 images for each of 3 prompts, nothing
+    drawn twice and nothing of another policy taken for this one's; a scorer that always prefers
+    the policy's images gives win rate 1, the other way round 0, itself as the policy 1/2."""
+    drawn, real = [], diffusers.StableDiffusionPipeline.__call__
+
+    def call(pipe, prompts, **given):
+        drawn.append(len(prompts))
+        return real(pipe, prompts, num_inference_steps=2, **given)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", call)
+    base, out = tmp_path / "base", tmp_path / "out"
+
+    def compared(*more):
+        dpo.main([str(word) for word in (*contest, *more)])
+        return json.loads((out / "comparison.json").read_text())
+
+    name = contest[contest.index("--scorers") + 1]
+    first = compared()
+    assert sum(drawn) == 12 and set(first) >= {name, "diversity"}
+    assert Image.open(out / "comparison.png").size == (4 * 64, 3 * 64)
+    assert f"win_rate {first[name]['win_rate']:.4g}" in capsys.readouterr().out
+    folders = {path.name.split("-")[0]: path for path in (out / "comparison").iterdir()}
+    images = {side: sorted(folder.iterdir()) for side, folder in folders.items()}
+    assert [path.name for path in images["policy"]] == [path.name for path in images["reference"]]
+    assert len(images["policy"]) == 6
+
+    def likes(side):
+        liked = [Image.open(path).tobytes() for path in images[side]]
+
+        def score(pictures, prompts):
+            scores = [float(picture.tobytes() in liked) for picture in pictures]
+            return torch.tensor(scores), torch.ones(len(scores), 1)
+
+        return lambda name, device: score
+
+    drawn.clear()
+    for side, rate in ("policy", 1), ("reference", 0):
+        monkeypatch.setattr(dpo, "load_scorer", likes(side))
+        images["policy"][2].unlink(missing_ok=True)
+        results = compared("--scorers", "a,b")
+        assert results["a"]["win_rate"] == results["b"]["win_rate"] == rate
+        assert results["a"]["interval"] == [rate, rate]
+    assert drawn == [1, 1]
+    results = compared("--policy", base)
+    assert results[name]["win_rate"] == 0.5 and results["diversity"]["difference"] == 0
+    assert sum(drawn) == 2 + 6
+
+
+def test_compare_by_torchrun(contest, tmp_path):
+    """2 processes draw and score half of the images each; the results are those of 1."""
+    results = []
+    for processes in (0, 2):
+        out = tmp_path / f"out-{processes}"
+        run(*contest, "--out", out, "--images", "1", processes=processes)
+        assert len([*out.rglob("*-*/*.png")]) == 6
+        results.append(json.loads((out / "comparison.json").read_text()))
+    one, two = (result.pop(contest[contest.index("--scorers") + 1]) for result in results)
+    assert one.pop("interval") == two.pop("interval") and one == pytest.approx(two, rel=1e-3)
+    assert results[0] == results[1]
+
+
 def test_relabelled_run_trains_by_the_scorer(tiny, tmp_path, capsys):
     """--label-with reaches the training of a tiny SD1.5; held-out pairs keep the labels of people,
     and a changed scorer is another one."""
@@ -1237,7 +1341,8 @@ def test_relabelled_run_trains_by_the_scorer(tiny, tmp_path, capsys):
     argv = ["--model", str(tiny / "tiny-sd15"), "--data", str(tiny / "pairs.parquet"),
             "--resolution", "64", "--workers", "0", "--label-with", str(scorer)]
     task = sd_task(dpo.parse([*argv, "--eval-split", "train"]))
-    assert task.facts["labels"].startswith(f"by {scorer}") and "of 56 as in" in task.facts["labels"]
+    assert task.facts["labels"].startswith(f"by {scorer}; ")
+    assert "of 56 as in the data" in task.facts["labels"]
     assert len(task.pairs) == 64 and len(task.held_out) == 56
     score = dpo.load_scorer(str(scorer), torch.device("cpu"))
     table, columns, _ = dpo.load_pairs(str(tiny / "pairs.parquet"), "train")
@@ -1334,7 +1439,8 @@ def wrong_inputs():
         (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-sd15/text_encoder", "scorer"),
         (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-clip+{tmp}/file.txt", "file.txt: "),
         ("--toy --evaluate --out {tmp}/empty", "holds no run; train one"),
-        ("--toy --policy {tmp}", "add --evaluate"),
+        ("--toy --policy {tmp}", "add --evaluate"), ("--toy --compare", "--compare means nothing"),
+        ("--model {tiny}/tiny-sd15 --compare --policy {tiny}/tiny-sd15", "needs --prompts"),
         ("--toy --evaluate --policy {tmp}/empty --out {tmp}/empty", "no policy in it"),
         ("--toy --evaluate --policy {tmp}/torn --out {tmp}/empty", "--policy {tmp}/torn"),
         ("--toy --evaluate --policy {tiny}/tiny-sd15/unet --out {tmp}/empty", "for --model toy"),
