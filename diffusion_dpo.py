@@ -897,7 +897,7 @@ def evaluate(task, cfg):
             for first in range(rank * size, n, world * size)]
     found = []  # for every pair: row, errors (4, K), t (K,), true margin ()
     for batch in tqdm(loader(task.held_out, keys, cfg, device), total=len(keys), ncols=99,
-                      unit=" batches", disable=rank > 0 or not cfg.evaluate):
+                      desc="evaluate", unit=" batches", disable=rank > 0 or not cfg.evaluate):
         if "refusal" in batch:  # unreadable, one and all
             continue
         x_w, x_l, cond = task.encode(batch)
@@ -1036,18 +1036,19 @@ def head_to_head(names, scores, embeds):
     P, n = scores.shape[:2]
     again = torch.randint(P, (2000, P), generator=generator("bootstrap"))
 
-    def row(name, values, reference, policy):  # values (P,)
+    def row(name, values, of, reference, policy):  # values (P,)
         ends = values[again].mean(1).quantile(torch.tensor([0.025, 0.975]))
         return {name: values.mean().item(), "interval": ends.tolist(),
-                "reference": reference.item(), "policy": policy.item()}
+                f"{of}_reference": reference.item(), f"{of}_policy": policy.item()}
 
     wins = (scores[:, :, 1] - scores[:, :, 0]).sign().mean(1) / 2 + 0.5  # (P, S)
     medians = scores.flatten(0, 1).quantile(0.5, 0)  # (2, S)
-    results = {name: row("win_rate", wins[:, s], *medians[:, s]) for s, name in enumerate(names)}
+    results = {name: row("win_rate", wins[:, s], "median", *medians[:, s])
+               for s, name in enumerate(names)}
     if n > 1:  # unit vectors: the square of their sum is n plus all cosines
         distance = 1 - (embeds.sum(1).square().sum(-1) - n) / (n * (n - 1))  # (P, 2)
         change = distance[:, 1] - distance[:, 0]
-        results["diversity"] = row("difference", change, *distance.mean(0))
+        results["diversity"] = row("difference", change, "mean", *distance.mean(0))
     return results
 
 
@@ -1075,7 +1076,7 @@ def compare(task, cfg, path):
 
     found = []  # for every job: its number, scores (2, S), embeddings (2, D)
     for first in tqdm(range(rank * cfg.micro_batch, len(jobs), world * cfg.micro_batch),
-                      unit=" batches", ncols=99, disable=rank > 0):
+                      desc="compare", unit=" batches", ncols=99, disable=rank > 0):
         batch, judged = jobs[first:first + cfg.micro_batch], []
         for side in made_by:
             missing = [job for job in batch if not file(side, job).exists()]

@@ -1243,10 +1243,11 @@ def test_head_to_head_by_hand():
         wins = sum((policy > reference) + 0.5 * (policy == reference) for reference, policy in flat)
         assert results[name]["win_rate"] == pytest.approx(wins / 21)
         for side, values in zip(("reference", "policy"), zip(*flat, strict=True), strict=True):
-            assert results[name][side] == pytest.approx(statistics.median(values))
+            assert results[name][f"median_{side}"] == pytest.approx(statistics.median(values))
     far = [statistics.mean(1 - (embeds[p, i, side] @ embeds[p, k, side]).item() for p in range(7)
                            for i in range(3) for k in range(3) if i != k) for side in (0, 1)]
-    assert [results["diversity"][side] for side in ("reference", "policy")] == pytest.approx(far)
+    means = [results["diversity"][f"mean_{side}"] for side in ("reference", "policy")]
+    assert means == pytest.approx(far)
     assert results["diversity"]["difference"] == pytest.approx(far[1] - far[0], abs=1e-6)
     assert "diversity" not in dpo.head_to_head(["a", "b"], scores[:, :1], embeds[:, :1])
 
