@@ -405,7 +405,7 @@ def make_toy(cfg):
         report=functools.partial(report, Path(cfg.out) / "toy.png"),
         facts={"model": "toy: a ring of 8 Gaussians with its exact score, plus a small network",
                "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the {whose}",
-               "held out": f"{len(held_out):,} more, labelled by that of the true reward"})
+               "judged on": f"{len(held_out):,} more, labelled by that of the true reward"})
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -470,7 +470,7 @@ def train(task, cfg):
     """Trains task.policy by dpo_loss: the toy or SDXL, on one process or, under torchrun, on many.
 
     Goes on from the newest checkpoint in cfg.out. Returns the rows of metrics.jsonl. evaluate() is
-    in part III; checkpoints and the other helpers that are no method are in part IV.
+    in part III, checkpoints and other bookkeeping in part IV.
     """
     from tqdm import tqdm
     rank, world = rank_and_world()
@@ -528,7 +528,7 @@ def train(task, cfg):
                     losses = 2 * errors[0]  # for images the mean squared error
                 (losses.mean() / accumulation).backward()
             logit = reward_w - reward_l  # (B,)
-            right = (logit > 0) + 0.5 * (logit == 0)  # a tie is half right: 1/2 at step 0, not 0
+            right = (logit.sign() + 1) / 2  # a tie is half right: 1/2 at step 0, not 0
             values = torch.stack([losses, right, logit, logit**2, *errors]).detach()  # (8, B)
             means += values.sum(1) / cfg.batch  # not read here: the CPU would wait for the GPU
             bar.update(cfg.micro_batch * world)
@@ -689,7 +689,7 @@ class ImagePairs:
     """Preference pairs for Stable Diffusion, decoded as they are asked for."""
 
     def __init__(self, cfg, split, device=None):
-        """With a device, the scorer --label-with sees to the labels there."""
+        """device: where the scorer --label-with relabels; None: the labels of the data."""
         table, self.columns, labels = load_pairs(cfg.data, split, cfg.where)
         whose = "those of the data"
         if device and cfg.label_with:
@@ -828,9 +828,9 @@ def make_stable_diffusion(cfg, device):
                 module.to(torch.bfloat16)
     if cfg.checkpointing == "on":
         unet.enable_gradient_checkpointing()
-    held_out_fact = {}
+    judged_on = {}
     if held_out:
-        held_out_fact["held out"] = f"{len(held_out):,} pairs of split {cfg.eval_split}"
+        judged_on["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}"
     d = unet.config.in_channels * (cfg.resolution // pipe.vae_scale_factor) ** 2
     sdxl = unet.config.addition_embed_type == "text_time"
 
@@ -845,11 +845,13 @@ def make_stable_diffusion(cfg, device):
         return x_w, x_l, cond
 
     def draw(side, jobs):
+        if not jobs:
+            return []
         pipe.unet = {"reference": reference.unet, "policy": unet}[side]
-        noise = [generator("draw", *job) for job in jobs]
+        gens = [generator("draw", *job) for job in jobs]
         with autocast(cfg, device):
             return pipe([prompt for prompt, _ in jobs], height=cfg.resolution,
-                        width=cfg.resolution, generator=noise).images if jobs else []
+                        width=cfg.resolution, generator=gens).images
 
     def sample(path, rows):
         given = read_prompts(cfg.prompts) if cfg.prompts else pairs.prompts[:4]
@@ -872,7 +874,7 @@ def make_stable_diffusion(cfg, device):
         load=unet.load_state_dict, sample=sample, report=report,
         facts={"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
                f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
-        | (pairs.facts if pairs else {}) | held_out_fact)
+        | (pairs.facts if pairs else {}) | judged_on)
 
 
 # ==================================================================================================
@@ -883,8 +885,9 @@ def make_stable_diffusion(cfg, device):
 
 @torch.no_grad()
 def evaluate(task, cfg):
-    """The policy as a judge of the held-out pairs (paper 5.5, Tab. 2): does the preferred half get
-    the larger implicit reward? Returns numbers by name, the same ones on every process.
+    """The policy as a judge of task.held_out (paper 5.5, Tab. 2): does the preferred half get the
+    larger implicit reward? Returns numbers by name, the same ones on every process; by timestep
+    they are for fifths of t, the least noise first.
 
     The errors of a pair are means over cfg.eval_draws draws of (t, eps). These depend on the pair
     alone, so all policies meet the same noise. Unreadable pairs are left out, and counted.
@@ -898,7 +901,7 @@ def evaluate(task, cfg):
     found = []  # for every pair: row, errors (4, K), t (K,), true margin ()
     for batch in tqdm(loader(task.held_out, keys, cfg, device), total=len(keys), ncols=99,
                       desc="evaluate", unit=" batches", disable=rank > 0 or not cfg.evaluate):
-        if "refusal" in batch:  # unreadable, one and all
+        if "refusal" in batch:  # a hundred unreadable pairs on end
             continue
         x_w, x_l, cond = task.encode(batch)
         t, eps = draw_noise("held out", batch["keys"], cfg.eval_draws, T, x_w.shape[1:])
@@ -912,7 +915,7 @@ def evaluate(task, cfg):
         found += [(row, *numbers) for (_, row), *numbers
                   in zip(batch["keys"], errors, t, true, strict=True)
                   if str(row) not in batch.get("unreadable", {})]
-    found = sorted(sum(gather(found), []), key=lambda numbers: numbers[0])
+    found = sorted(sum(gather(found), []))  # by row, of which there is one each
     if not found and cfg.evaluate:
         raise Refusal(f"--data {cfg.data}: of {n} pairs in split {cfg.eval_split} none can be read")
     if not found:  # no reason to stop a training
@@ -920,22 +923,22 @@ def evaluate(task, cfg):
     _, errors, t, true = zip(*found, strict=True)
     errors, t, true = torch.stack(errors), torch.stack(t), torch.stack(true)
 
-    def logits(which):  # (n, K) bool, the draws that count -> (m,), for pairs that have such draws
-        means = (errors * which[:, None]).sum(2) / which.sum(1, keepdim=True)  # (n, 4)
-        _, reward_w, reward_l = dpo_loss(*means[which.any(1)].T, cfg.beta, cfg.gamma)
+    def logits(counts):  # (n, K) bool: which draws count -> (m,) for the pairs that have such draws
+        means = (errors * counts[:, None]).sum(2) / counts.sum(1, keepdim=True)  # (n, 4)
+        _, reward_w, reward_l = dpo_loss(*means[counts.any(1)].T, cfg.beta, cfg.gamma)
         return reward_w - reward_l
 
     def accuracy(logit):  # a tie is half right
         return ((logit.sign().double() + 1) / 2).mean().item() if len(logit) else None
 
-    logit = logits(t >= 0)  # (n,), of all draws
+    logit = logits(torch.ones_like(t, dtype=torch.bool))  # (n,)
     share, fifths = accuracy(logit), t * 5 // T
     rise_w, rise_l = (errors[:, :2] - errors[:, 2:]).mean((0, 2)).tolist()
     results = {"accuracy": share, "standard_error": (share * (1 - share) / len(logit)) ** 0.5,
                "accuracy_by_timestep": [accuracy(logits(fifths == fifth)) for fifth in range(5)],
-               "margin": logit.mean().item(), "error_w": rise_w, "error_l": rise_l,
+               "margin": logit.mean().item(), "rise_w": rise_w, "rise_l": rise_l,
                "pairs": len(logit), "unreadable": n - len(logit)}
-    if task.true_margin:  # Kendall's tau over the two points of each pair: they share their noise
+    if task.true_margin:  # Kendall's tau within pairs only: there the noise is shared
         results["kendall_tau"] = (logit.sign() * true.sign()).double().mean().item()
         results["accuracy_of_true_reward"] = accuracy(true)
     return results
@@ -958,11 +961,11 @@ def load_scorer(name, device):
     import transformers
     from safetensors.torch import load_file
     base, _, head = name.partition("+")
-    model, processor = SCORERS.get(base, (base, base))
+    model_id, processor_id = SCORERS.get(base, (base, base))
     try:
         model, info = transformers.CLIPModel.from_pretrained(
-            model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-        processor = transformers.CLIPProcessor.from_pretrained(processor)
+            model_id, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        processor = transformers.CLIPProcessor.from_pretrained(processor_id)
         linear = nn.Linear(model.config.projection_dim, 1)
         if head:
             linear.load_state_dict(load_file(head))
@@ -987,11 +990,11 @@ CHUNK = 256  # pairs that are scored between two looks at the disk
 
 
 def relabel(table, columns, labels, cfg, device):
-    """AI feedback (paper 5.4): labels like those of load_pairs, but from the scorer --label-with,
-    who sees whole images; and a line about them.
+    """AI feedback (paper 5.4): returns labels as load_pairs does, but from the scorer --label-with,
+    which is shown whole images; and a fact about them.
 
-    The datasets library keeps the scores on disk: another start, on however many processes, scores
-    only what is missing.
+    The datasets library keeps what was scored on disk: another start, on however many processes,
+    scores only what is missing.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -1002,27 +1005,27 @@ def relabel(table, columns, labels, cfg, device):
     files += [path for folder in files for path in sorted(folder.glob("*"))]
     stamp = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
 
-    def margin(row):
+    def compared(row):
         try:
             images = [read_image(row[side], Path(cfg.data)) for side in sides]
         except Exception:  # as in ImagePairs
-            return {"margin": math.nan}
+            return {"difference": math.nan}
         first, second = score(images, [row[caption] or ""] * 2)[0].tolist()
-        return {"margin": first - second}
+        return {"difference": first - second}
 
-    margins = []
+    differences = []
     datasets.disable_progress_bars()
     for turn in tqdm(range(0, len(table), CHUNK * world), desc="scores",
                      unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
         rows = range(len(table))[turn + CHUNK * rank:][:CHUNK]
         chunk = table.select(rows).select_columns(columns)
         mark = Hasher.hash([chunk._fingerprint, cfg.label_with, stamp])
-        scored = chunk.map(margin, remove_columns=columns, new_fingerprint=mark)
-        margins += sum(gather(scored["margin"][:] if rows else []), [])
-    made = [float(value > 0) if abs(value) > cfg.label_margin else None for value in margins]
+        scored = chunk.map(compared, remove_columns=columns, new_fingerprint=mark)
+        differences += sum(gather(scored["difference"][:] if rows else []), [])
+    made = [float(by > 0) if abs(by) > cfg.label_margin else None for by in differences]
     agree = [a == b for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
     return made, (f"by {cfg.label_with}; {sum(agree):,} of {len(agree):,} as in the data,"
-                  f" {sum(map(math.isnan, margins)):,} unreadable")
+                  f" {sum(map(math.isnan, differences)):,} unreadable")
 
 
 def head_to_head(names, scores, embeds):
@@ -1054,7 +1057,7 @@ def head_to_head(names, scores, embeds):
 
 def compare(task, cfg, path):
     """Reference and policy draw the same prompts from the same noise (paper 5.2, Fig. 3 and 6);
-    scorers judge. Returns head_to_head's results.
+    scorers judge. Returns head_to_head's results. `path`: the weights of the policy.
 
     Images lie in OUT/comparison and are not made again. OUT/comparison.png shows, for the first
     scorer, the largest wins of the policy on the left and its largest losses on the right.
@@ -1077,29 +1080,30 @@ def compare(task, cfg, path):
     found = []  # for every job: its number, scores (2, S), embeddings (2, D)
     for first in tqdm(range(rank * cfg.micro_batch, len(jobs), world * cfg.micro_batch),
                       desc="compare", unit=" batches", ncols=99, disable=rank > 0):
-        batch, judged = jobs[first:first + cfg.micro_batch], []
+        batch, sides = jobs[first:first + cfg.micro_batch], []
         for side in made_by:
             missing = [job for job in batch if not file(side, job).exists()]
             for job, image in zip(missing, task.draw(side, missing), strict=True):
                 file(side, job).parent.mkdir(parents=True, exist_ok=True)
                 write_file(file(side, job), functools.partial(image.save, format="PNG"))
             images = [Image.open(file(side, job)).convert("RGB") for job in batch]
-            pairs = [score(images, [prompt for prompt, _ in batch]) for score in scorers.values()]
-            judged.append((torch.stack([scores for scores, _ in pairs], 1), pairs[0][1]))
-        scores, embeds = (torch.stack(sides, 1) for sides in zip(*judged, strict=True))
+            scored = [score(images, [prompt for prompt, _ in batch]) for score in scorers.values()]
+            sides.append((torch.stack([scores for scores, _ in scored], 1), scored[0][1]))
+        scores, embeds = (torch.stack(both, 1) for both in zip(*sides, strict=True))
         found += zip(range(first, first + len(batch)), scores, embeds, strict=True)
-    found = sorted(sum(gather(found), []), key=lambda numbers: numbers[0])
-    _, scores, embeds = zip(*found, strict=True)
+    _, scores, embeds = zip(*sorted(sum(gather(found), [])), strict=True)
     scores, embeds = torch.stack(scores), torch.stack(embeds)  # (jobs, 2, S), (jobs, 2, D)
-    order, sheet = (scores[:, 1, 0] - scores[:, 0, 0]).argsort(descending=True).tolist(), []
-    for shown in [*zip(order, order[::-1], strict=True)][:min(4, len(order) // 2 or 1)]:
-        for job, (at, side) in itertools.product(shown, enumerate(made_by)):
-            sheet.append(Image.open(file(side, jobs[job])).convert("RGB"))
-            text = textwrap.fill(f"{side} {scores[job, at, 0]:.3f}: {jobs[job][0]}", 40)
-            ImageDraw.Draw(sheet[-1]).text((8, 8), text, "white", stroke_fill="black",
-                                           stroke_width=2, font_size=sheet[-1].width / 24)
     if rank == 0:
-        diffusers.utils.make_image_grid(sheet, len(sheet) // 4, 4).save(out / "comparison.png")
+        order = (scores[:, 1, 0] - scores[:, 0, 0]).argsort(descending=True).tolist()
+        height, sheet = max(1, min(4, len(jobs) // 2)), []
+        for shown in zip(order[:height], order[:-height - 1:-1], strict=True):
+            for number, (at, side) in itertools.product(shown, enumerate(made_by)):
+                sheet.append(Image.open(file(side, jobs[number])).convert("RGB"))
+                text = f"{side} {scores[number, at, 0]:.3f}: {jobs[number][0]}"
+                ImageDraw.Draw(sheet[-1]).text(
+                    (8, 8), textwrap.fill(text, 40), "white", font_size=sheet[-1].width / 24,
+                    stroke_fill="black", stroke_width=2)
+        diffusers.utils.make_image_grid(sheet, height, 4).save(out / "comparison.png")
     shape = len(prompts), cfg.images, 2, -1
     return head_to_head(scorers, scores.view(shape), embeds.view(shape))
 
@@ -1107,25 +1111,27 @@ def compare(task, cfg, path):
 def load_policy(task, cfg):
     """Puts the weights of --policy, or the newest in --out, into task.policy. Returns the path."""
     from safetensors.torch import load_file
-    named = Path(cfg.policy or cfg.out)
-    folders = [named, named / task.folder, *sorted(named.glob(f"checkpoint-*/{task.folder}"))[::-1]]
+    flag, named = ("--policy", cfg.policy) if cfg.policy else ("--out", cfg.out)
+    folders = [Path(named), Path(named, task.folder),
+               *sorted(Path(named).glob(f"checkpoint-*/{task.folder}"), reverse=True)]
     paths = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
+    if Path(named).exists() and not paths:
+        raise Refusal(f"{flag} {named}: no policy in it, that is no {task.folder}/{WEIGHTS}")
     try:
-        if not (paths or named.exists()):
+        if not paths:
             from huggingface_hub import hf_hub_download
-            paths = [hf_hub_download(cfg.policy, f"{task.folder}/{WEIGHTS}")]
+            paths = [hf_hub_download(named, f"{task.folder}/{WEIGHTS}")]
         task.load(load_file(paths[0]))
-    except IndexError as error:
-        raise Refusal(f"{named}: no policy in it, that is no {task.folder}/{WEIGHTS}") from error
     except Exception as error:  # of the hub, of a torn file, of the weights of another model
-        raise Refusal(f"--policy {named}: {first_line(error)}; it should hold weights for"
-                      f" --model {cfg.model}") from error
+        raise Refusal(f"{flag} {named}: {first_line(error)}; it should hold weights for --model"
+                      f" {cfg.model}") from error
     return str(paths[0])
 
 
 def judge(task, cfg):
-    """--evaluate and --compare: prints what they find, by the names that it has in
-    OUT/evaluation.json and OUT/comparison.json."""
+    """--evaluate and --compare: prints their results and writes them to OUT/evaluation.json and
+    OUT/comparison.json."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     path, results = load_policy(task, cfg), {}
     if cfg.evaluate:
         results["evaluation"] = evaluate(task, cfg)
@@ -1141,17 +1147,18 @@ def judge(task, cfg):
             return " ".join(map(text, value))
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    if cfg.seen:
-        print_facts({"WARNING": "trained on these very pairs; name others by --data or --split"})
-    facts = {name: task.facts[name] for name in ("model", "data", "held out") if name in task.facts}
-    print_facts(facts | {"policy": path})
-    asked = {"evaluation": ("model", "data", "eval_split", "eval_draws", "beta", "gamma"),
-             "comparison": ("model", "resolution", "prompts", "images")}
-    for name, found in results.items():
-        file, given = Path(cfg.out) / f"{name}.json", {f: getattr(cfg, f) for f in asked[name]}
-        write_json(file, found | given | {"policy": path})
+    kept = {name: task.facts[name] for name in ("model", "data", "judged on") if name in task.facts}
+    print_facts(kept | {"policy": path})
+    if cfg.trained_on:
+        print_facts({"WARNING": "it was trained on these pairs; name others by --eval-split"})
+    settings = {"evaluation": "data where eval_split eval_draws beta gamma", "comparison":
+                "prompts images"}
+    for name, numbers in results.items():
+        file, flags = Path(cfg.out) / f"{name}.json", f"model resolution precision {settings[name]}"
+        write_json(file, numbers | {flag: getattr(cfg, flag) for flag in flags.split()}
+                   | {"policy": path})
         print(f"\n{name}: {file}")
-        for what, value in found.items():
+        for what, value in numbers.items():
             print(f"    {what:25} {text(value)}")
 
 
@@ -1195,7 +1202,7 @@ def start_run(task, cfg, start):
     write_json(out / "config.json", {
         "config": vars(cfg), "world_size": world, "git_commit": commit, "python": sys.version,
         "versions": {name: metadata.version(name) for name in libraries}})
-    if start < cfg.steps:  # what stands at the end is what was trained to the end
+    if start < cfg.steps:  # the policy's folder is only there once a run is complete
         shutil.rmtree(out / task.folder, ignore_errors=True)
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
@@ -1361,7 +1368,8 @@ def number(kind, least, most=math.inf):
 
 COUNT, SIZE, NO = number(int, 1), number(int, 0), object()
 # Flag: type or choices; default, or one for each of PRESETS; meaning (source of the default).
-# A default of None is found by settle(), NO says that this preset has no such flag.
+# None: settle() finds a default, or the flag stays off. NO: this preset has no such flag. A bool
+# takes no value.
 FLAGS = {
     "the loss": {
         "method": (("dpo", "sft"), "dpo", "sft: the plain denoising loss on the preferred"
@@ -1373,13 +1381,13 @@ FLAGS = {
     "the data": {
         "data": (str, (NO, DEFAULT_DATA, DEFAULT_DATA), "hub id, parquet file, folder of those, or"
                  " folder with pairs.jsonl (prompt, preferred, rejected)"),
-        "split": (str, (NO, "train", "train"), "split, or a part of one: train[:-500]"),
-        "where": (str, (NO, None, None), "column=value,...: pairs with each value in its column"
-                  " (the Dreamlike pairs of paper 5.5: model_0=dream,model_1=dream)"),
+        "split": (str, (NO, "train", "train"), "the pairs to train on; a part: train[:-500]"),
+        "where": (str, (NO, None, None), "column=value,...: only pairs whose columns contain"
+                  " these (Dreamlike, paper 5.5: model_0=dream,model_1=dream)"),
         "label-with": (str, None, "AI feedback (paper 5.4): relabel by pickscore, clip, any other"
                        " CLIPModel, or CLIP+HEAD.safetensors, a linear head on it; toy: proxy"),
-        "label-margin": (number(float, 0), (NO, 0, 0), "scores that differ by no more are a tie"
-                         " (ours)"),
+        "label-margin": (number(float, 0), (NO, 0, 0), "scores of --label-with that differ by"
+                         " no more are a tie (ours)"),
         "pairs": (COUNT, (200_000, NO, NO), "how many pairs are made (ours)"),
         "resolution": (number(int, 8), (NO, 512, 1024), "pixels a side (the models' own)"),
         "caption-dropout": (number(float, 0, 1), (NO, 0.2, 0.2), "share of the pairs that lose"
@@ -1393,26 +1401,27 @@ FLAGS = {
         "lr": (number(float, 0), (3e-3, None, None), "peak learning rate (2000/beta * 2.048e-5: the"
                " paper's rule at the released launchers' scale; sft: 2.048e-6, likewise; toy:"
                " ours)"),
-        "warmup": (SIZE, None, "first steps, rate rising (a quarter: paper 5.1; toy: 1/20, ours)"),
-        "decay": (SIZE, None, "last steps, rate falling to 0 (none: paper; toy: all, ours)"),
-        "optimizer": (("adamw", "adafactor"), ("adamw", "adamw", "adafactor"), "(paper 5.1)"),
-        "precision": (("bf16", "fp32"), ("fp32", None, None), "of the forward pass, weights are"
-                      " trained in fp32 (ours: bf16 on a GPU)"),
+        "warmup": (SIZE, None, "steps of rising rate (a quarter: paper 5.1; toy: 1/20, ours)"),
+        "decay": (SIZE, None, "last steps, of falling rate, to 0 (none: paper; toy: all, ours)"),
+        "optimizer": (("adamw", "adafactor"), ("adamw", "adamw", "adafactor"), "the second saves"
+                      " memory (paper 5.1)"),
+        "precision": (("bf16", "fp32"), ("fp32", None, None), "of the forward pass; the trained"
+                      " weights are fp32 (ours: bf16 on a GPU)"),
         "checkpointing": (("on", "off"), (NO, "off", "on"), "recompute activations: less memory,"
                           " more time (released launchers)")},
-    "judging a policy, instead of training one or in between": {
+    "judging a policy, during or instead of training": {
         "evaluate": (bool, None, "does its implicit reward tell which half of a pair is preferred?"
-                     " On the pairs of --split; writes OUT/evaluation.json"),
+                     " Writes OUT/evaluation.json"),
         "compare": (bool, (NO, None, None), "does it draw --prompts better than the reference?"
                     " Writes OUT/comparison.json and .png"),
         "policy": (str, None, "folder or hub id of the policy (default: the newest of --out)"),
-        "eval-draws": (COUNT, 10, "draws of (t, eps) per pair (paper 5.5)"),
+        "eval-draws": (COUNT, 10, "like --draws, when judging (paper 5.5)"),
         "eval-every": (SIZE, (300, 0, 0), "steps between evaluations in training; 0: none (ours)"),
-        "eval-split": (str, (NO, None, None), "the pairs for these, such as train[-500:] beside"
-                       " --split train[:-500]"),
+        "eval-split": (str, (NO, None, None), "pairs for --evaluate (or else those of --split)"
+                       " and --eval-every, such as train[-500:]"),
         "scorers": (str, (NO, "pickscore", "pickscore"), "judges of --compare, as for --label-with,"
                     " by comma (paper: PickScore, HPS, CLIP, aesthetics)"),
-        "images": (COUNT, (NO, 4, 4), "per prompt of --compare; diversity needs 2 (ours)")},
+        "images": (COUNT, (NO, 4, 4), "images per prompt of --compare; diversity needs 2 (ours)")},
     "the output": {
         "out": (str, None, "folder; the same command again goes on from its newest checkpoint"
                 " (default: runs/ and the flags given)"),
@@ -1420,8 +1429,8 @@ FLAGS = {
         "sample-every": (SIZE, (0, 250, 250), "steps between pictures, reference beside policy;"
                          " 0: none (ours)"),
         "log-every": (COUNT, (10, 1, 1), "steps between lines of metrics.jsonl (ours)"),
-        "prompts": (str, (NO, None, None), "file, a prompt a line, for pictures and --compare"
-                    " (default: the first 4 of the data)"),
+        "prompts": (str, (NO, None, None), "file, a prompt a line, for --compare and for"
+                    " pictures in training (or else the first 4 of the data)"),
         "workers": (SIZE, (0, 4, 4), "processes that read images, per GPU (ours)")}}
 # These may differ when a run is started again; the rest makes it another run.
 FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate compare judging
@@ -1432,7 +1441,9 @@ def parse(argv=None):
     """The command line as a namespace with every default settled. Raises Refusal."""
     parser = argparse.ArgumentParser(
         prog="diffusion_dpo.py", usage="%(prog)s (--toy | --model MODEL) [flags]",
-        description=__doc__.splitlines()[0], epilog="[default], for the presets that have one.",
+        description=__doc__.splitlines()[0],
+        epilog="[defaults, by preset]; their source: (paper 5.1) is a section of arXiv:2311.12908,"
+               " (ours) our choice.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=22, width=100),
         allow_abbrev=False)
     def refuse(message):  # in one line, without argparse's usage
@@ -1451,7 +1462,7 @@ def parse(argv=None):
             defaults[flag.replace("-", "_")] = each
             known = {p: d for p, d in zip(PRESETS, each, strict=True) if d is not NO}
             shown = ", ".join(f"{p} {d}" for p, d in known.items() if d is not None)
-            if shown and len(set(known.values())) == 1:  # the same for all
+            if shown and len(set(each)) == 1:  # the same for all
                 shown = next(iter(known.values()))
             options = {"type": kind, "metavar": "X"}
             if isinstance(kind, tuple):
@@ -1520,14 +1531,15 @@ def settle(cfg, given):
     if cfg.out is None:
         words = [f"{name}={value}" for name, value in given.items() if name not in FREE]
         cfg.out = "runs/" + re.sub(r"[^\w.=+-]+", "_", "-".join([Path(cfg.model).name, *words]))
-    cfg.seen = False
-    if cfg.judging and not cfg.policy:  # as it was trained, where no flag says otherwise
+    cfg.trained_on = False
+    if cfg.judging and not cfg.policy:  # with its beta, gamma, resolution, if no flag names others
         there = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
         if there["model"] != cfg.model:
             raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {there['model']}")
         for name in {"beta", "gamma", "resolution"} - set(given):
             setattr(cfg, name, there[name])
-        cfg.seen = not toy and (there["data"], there["split"]) == (cfg.data, cfg.eval_split)
+        cfg.trained_on = bool(cfg.evaluate and there["data"] == cfg.data and not toy) and (
+            there["split"] in (cfg.eval_split, cfg.eval_split.partition("[")[0]))
 
 
 def read_config(out, advice):

@@ -1035,7 +1035,7 @@ def test_a_policy_that_is_told_scores_1_and_the_reference_half():
     results = judge(rig)
     assert results["accuracy"] == 1 and results["standard_error"] == 0
     assert results["accuracy_by_timestep"] == [1] * 5
-    assert results["error_w"] == 0 < results["error_l"]
+    assert results["rise_w"] == 0 < results["rise_l"]
     results = judge()
     assert results["accuracy"] == 0.5 and results["margin"] == 0 and results["pairs"] == 5000
     assert results["standard_error"] == pytest.approx(0.5 / 5000**0.5)
@@ -1083,7 +1083,7 @@ def test_evaluation_by_hand(trained, monkeypatch):
     assert results["accuracy"] == pytest.approx(share, abs=2e-3)
     assert results["standard_error"] == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=1e-2)
     assert results["margin"] == pytest.approx(sum(margins) / 400, rel=1e-3)
-    assert [results["error_w"], results["error_l"]] == pytest.approx(rises / 400, rel=1e-3)
+    assert [results["rise_w"], results["rise_l"]] == pytest.approx(rises / 400, rel=1e-3)
     assert results["kendall_tau"] == pytest.approx(2 * agree / 400 - 1, abs=4e-3)
     assert results["accuracy_by_timestep"] == pytest.approx(
         [sum(one) / len(one) for one in fifths], abs=5e-3)
@@ -1101,8 +1101,8 @@ def test_swapped_labels_score_1_minus_a(trained):
     assert abs(one["accuracy"] - 0.5) > 0.01
     assert two["accuracy"] == pytest.approx(1 - one["accuracy"])
     assert two["margin"] == pytest.approx(-one["margin"], rel=1e-3)
-    assert two["error_w"] == pytest.approx(one["error_l"], rel=1e-4)
-    assert two["error_l"] == pytest.approx(one["error_w"], rel=1e-4)
+    assert two["rise_w"] == pytest.approx(one["rise_l"], rel=1e-4)
+    assert two["rise_l"] == pytest.approx(one["rise_w"], rel=1e-4)
 
 
 def test_all_policies_meet_the_same_noise(trained):
@@ -1130,7 +1130,7 @@ def test_evaluate_by_torchrun(straight, tmp_path):
         printed = run(*argv, "--evaluate", "--micro-batch", "100", processes=processes)
         results.append(json.loads((tmp_path / "run" / "evaluation.json").read_text()))
     assert results[0] == results[1] and results[0]["pairs"] == 5000
-    for name in ("accuracy", "margin", "error_w", "kendall_tau", "accuracy_by_timestep"):
+    for name in ("accuracy", "margin", "rise_w", "kendall_tau", "accuracy_by_timestep"):
         assert rows[-1][f"held_out_{name}"] == pytest.approx(results[0][name], rel=1e-4)
     assert f"accuracy                  {results[0]['accuracy']:.4g}" in printed
 
@@ -1397,10 +1397,10 @@ def test_evaluate_images(tiny, tmp_path, capsys):
 
     one, two = evaluation("--data", sound), evaluation("--data", broken)
     output = capsys.readouterr().out
-    assert output.count("trained on these very pairs") == 1
+    assert output.count("trained on these pairs") == 1
     assert one["beta"] == 300 and 0 < abs(one["margin"])
     assert (two["pairs"], two["unreadable"]) == (5, 1)
-    for name in ("accuracy", "margin", "error_w", "error_l"):
+    for name in ("accuracy", "margin", "rise_w", "rise_l"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
     assert "accuracy_of_true_reward" not in one
     halfway = evaluation("--data", sound, "--policy", str(tmp_path / "run/checkpoint-00000002"),
@@ -1408,7 +1408,7 @@ def test_evaluate_images(tiny, tmp_path, capsys):
     assert halfway["policy"].endswith("checkpoint-00000002/unet/" + dpo.WEIGHTS)
     assert halfway["margin"] == one["margin"]
     start = evaluation("--data", sound, "--policy", str(tiny / "tiny-sd15"))
-    assert start["accuracy"] == 0.5 and start["error_w"] == 0 and start["beta"] == 2000
+    assert start["accuracy"] == 0.5 and start["rise_w"] == 0 and start["beta"] == 2000
 
 
 # ------------------------------------------------------------------------------------- bad input

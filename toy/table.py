@@ -19,7 +19,7 @@ TABLES = (  # names in results.json; setting: the flags after --toy
       "DPO, one draw": "--draws 1 --batch 2048",  # as many network calls as 64 draws of 32 pairs
       "SFT": "--method sft"}),
     (("held_out_accuracy", "held_out_standard_error", "held_out_accuracy_of_true_reward",
-      "held_out_kendall_tau", "held_out_margin", "held_out_error_w", "held_out_error_l"),
+      "held_out_kendall_tau", "held_out_margin", "held_out_rise_w", "held_out_rise_l"),
      {"DPO": "", "SEE-DPO": "--gamma 0.5", "SFT": "--method sft"}),
     (("reward_reference", "reward_policy", "reward_optimum", "proxy_reference", "proxy_policy",
       "held_out_kendall_tau"),
