@@ -374,14 +374,17 @@ def toy_report(cfg, ring, policy, pairs, path, rows):
     floor = f"{results['tv_floor']:{15 * len(row)}.3f}"
     print(f"{f'sampling floor: {SAMPLES:,} samples of p*':39}{floor}\n")
     toy_figure(cfg, pairs, compared, p_star, rows, path)
-    settings = {k: getattr(cfg, k) for k in ("beta", "gamma", "draws", "batch", "steps", "seed")}
+    flags = "method label_with beta gamma draws batch steps seed".split()
+    settings = {flag: getattr(cfg, flag) for flag in flags}
     settings["seconds"] = round(time.time() - STARTED, 1)
-    held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out")}
+    held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out_")}
     write_json(Path(cfg.out) / "results.json", results | held_out | settings)
-    print("How to read the curves: the labels are random, so the loss ends where that of the"
-          " reward\nbehind them is (dashed), not at 0. The errors of both halves rise, that of the"
-          " rejected one more:\nonly their difference is asked for. The policy is right if its TV"
-          f" is near the floor.\n\nfigure      {path}\nnumbers     {cfg.out}/results.json")
+    if cfg.method == "dpo":
+        print("How to read the curves: the labels are random, so the loss ends where that of the"
+              " reward\nbehind them is (dashed), not at 0. The errors of both halves rise, that of"
+              " the rejected one more:\nonly their difference is asked for. The policy is right if"
+              " its TV is near the floor.\n")
+    print(f"figure      {path}\nnumbers     {cfg.out}/results.json")
 
 
 def make_toy(cfg):
@@ -499,7 +502,22 @@ def train(task, cfg):
         gather(None)  # torchrun ends the others as soon as one is gone: wait for process 0
         sys.exit(code)
 
+    def log(row):
+        rows.append(row)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def look(step):
+        """Judges the policy after `step` steps. A kill meanwhile loses nothing."""
+        if cfg.eval_every and step and (step % cfg.eval_every == 0 or step == cfg.steps):
+            if rank == 0:
+                save_checkpoint(task, optimizer, out, step, unreadable)
+            numbers = evaluate(task, cfg)
+            if rank == 0:
+                log({"step": step} | {f"held_out_{name}": numbers[name] for name in numbers})
+
     for step in range(start, cfg.steps):
+        look(step)
         began = time.perf_counter()
         rising, falling = (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay)
         for group in optimizer.param_groups:
@@ -553,9 +571,6 @@ def train(task, cfg):
         row["pairs_per_s"] = cfg.batch / (time.perf_counter() - began)
         row["peak_memory_gib"] = peak_memory(device) / 2**30
         done = step + 1
-        judged = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps)
-        if judged:
-            row |= {f"held_out_{name}": value for name, value in evaluate(task, cfg).items()}
         if rank > 0:
             continue
         if step == 0:
@@ -568,10 +583,8 @@ def train(task, cfg):
             bar.write(f"step 0      loss {row['loss']:.4f}; {about}")
         latest = f"loss {row['loss']:.3f}, acc {row['reward_accuracy']:.2f}"
         bar.set_postfix_str(latest, refresh=False)
-        if step % cfg.log_every == 0 or done == cfg.steps or judged:
-            rows.append(row)
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+        if step % cfg.log_every == 0 or done == cfg.steps:
+            log(row)
         if done % cfg.save_every == 0 or done == cfg.steps:
             save_checkpoint(task, optimizer, out, done, unreadable)
         if cfg.sample_every and done % cfg.sample_every == 0:
@@ -585,6 +598,7 @@ def train(task, cfg):
         signal.signal(number, handler)
     if rank == 0:
         write_folder(out / task.folder, task.save)
+    look(cfg.steps)
     return rows
 
 
@@ -737,10 +751,11 @@ class ImagePairs:
 
     def __getitem__(self, keys):
         """The batch of `keys`, a list of (epoch, row). For an unreadable pair the next one in the
-        table steps in, the same on every process and after a restart."""
+        table steps in, the same on every process and after a restart; one that is held out is
+        left out of the batch and its keys."""
         items, unreadable = [], {}
         for epoch, row in keys:
-            for _ in range(min(100, len(self))):
+            for _ in range(1 if epoch == HELD_OUT else min(100, len(self))):
                 try:
                     items.append(self.pair(epoch, row))
                     break
@@ -748,8 +763,12 @@ class ImagePairs:
                     unreadable[str(row)] = str(error)
                     row = (row + 1) % len(self)
             else:
-                why = f"--data {self.cfg.data}: unreadable, pair after pair, up to row {row}"
-                return {"keys": keys, "refusal": why}  # in a worker an exception loses its words
+                if epoch != HELD_OUT:  # in a worker an exception loses its words
+                    why = f"--data {self.cfg.data}: unreadable, pair after pair, up to row {row}"
+                    return {"keys": keys, "refusal": why}
+        keys = [key for key in keys if key[0] != HELD_OUT or str(key[1]) not in unreadable]
+        if not keys:
+            return {"keys": []}
         prompts, side_w, side_l = zip(*items, strict=True)
         images, time_ids = map(torch.stack, zip(*side_w, *side_l, strict=True))
         return {"keys": keys, "unreadable": unreadable, "prompts": list(prompts),
@@ -790,7 +809,8 @@ def encode_prompts(pipe, prompts, device):
 
 def read_prompts(path):
     """The lines of a file that are not empty."""
-    return [line for line in Path(path).read_text().splitlines() if line.strip()]
+    text = Path(path).read_text(encoding="utf-8-sig")
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def make_stable_diffusion(cfg, device):
@@ -830,7 +850,8 @@ def make_stable_diffusion(cfg, device):
         unet.enable_gradient_checkpointing()
     judged_on = {}
     if held_out:
-        judged_on["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}"
+        judged_on["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}" + (
+            "; WARNING: it is trained on them" if cfg.overlap else "")
     d = unet.config.in_channels * (cfg.resolution // pipe.vae_scale_factor) ** 2
     sdxl = unet.config.addition_embed_type == "text_time"
 
@@ -898,10 +919,10 @@ def evaluate(task, cfg):
     size = cfg.micro_batch * cfg.draws  # draw by draw this is as much at once as in training
     keys = [[(HELD_OUT, row) for row in range(first, min(first + size, n))]
             for first in range(rank * size, n, world * size)]
-    found = []  # for every pair: row, errors (4, K), t (K,), true margin ()
+    found = []  # of each batch: rows (B,), errors (B, 4, K), t (B, K), true margins (B,)
     for batch in tqdm(loader(task.held_out, keys, cfg, device), total=len(keys), ncols=99,
                       desc="evaluate", unit=" batches", disable=rank > 0 or not cfg.evaluate):
-        if "refusal" in batch:  # a hundred unreadable pairs on end
+        if not batch["keys"]:  # all unreadable
             continue
         x_w, x_l, cond = task.encode(batch)
         t, eps = draw_noise("held out", batch["keys"], cfg.eval_draws, T, x_w.shape[1:])
@@ -909,19 +930,16 @@ def evaluate(task, cfg):
         for k in range(cfg.eval_draws):
             drawn = t[:, [k]].to(device), eps[:, [k]].to(device)
             with autocast(cfg, device):
-                errors.append(torch.stack(pair_errors(task, x_w, x_l, *drawn, cond)))  # (4, B)
-        errors = torch.stack(errors, 2).transpose(0, 1).cpu()  # (B, 4, K)
-        true = task.true_margin(batch) if task.true_margin else torch.zeros(len(t))  # (B,)
-        found += [(row, *numbers) for (_, row), *numbers
-                  in zip(batch["keys"], errors, t, true, strict=True)
-                  if str(row) not in batch.get("unreadable", {})]
-    found = sorted(sum(gather(found), []))  # by row, of which there is one each
+                errors.append(torch.stack(pair_errors(task, x_w, x_l, *drawn, cond), 1))  # (B, 4)
+        true = task.true_margin(batch) if task.true_margin else torch.zeros(len(t))
+        rows = torch.tensor([row for _, row in batch["keys"]])
+        found.append((rows, torch.stack(errors, 2).cpu(), t, true))
+    found = gather_rows(found)
     if not found and cfg.evaluate:
         raise Refusal(f"--data {cfg.data}: of {n} pairs in split {cfg.eval_split} none can be read")
     if not found:  # no reason to stop a training
         return {"pairs": 0, "unreadable": n}
-    _, errors, t, true = zip(*found, strict=True)
-    errors, t, true = torch.stack(errors), torch.stack(t), torch.stack(true)
+    errors, t, true = found  # (n, 4, K), (n, K), (n,)
 
     def logits(counts):  # (n, K) bool: which draws count -> (m,) for the pairs that have such draws
         means = (errors * counts[:, None]).sum(2) / counts.sum(1, keepdim=True)  # (n, 4)
@@ -974,11 +992,12 @@ def load_scorer(name, device):
     except Exception as error:  # the hub's and safetensors' errors have no common base class
         raise Refusal(f"scorer {name}: {first_line(error)}") from error
     model.eval().to(device), linear.to(device)
+    longest = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def score(images, prompts):
         out = model(**processor(text=prompts, images=images, return_tensors="pt", padding=True,
-                                truncation=True).to(device))
+                                truncation=True, max_length=longest).to(device))
         cosine = (out.image_embeds * out.text_embeds).sum(1)
         scores = linear(out.image_embeds)[:, 0] if head else model.logit_scale.exp() * cosine
         return scores.cpu(), out.image_embeds.cpu()
@@ -1003,29 +1022,38 @@ def relabel(table, columns, labels, cfg, device):
     score, (caption, *sides) = load_scorer(cfg.label_with, device), columns
     files = [Path(part) for part in cfg.label_with.split("+")]
     files += [path for folder in files for path in sorted(folder.glob("*"))]
-    stamp = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
+    scorer = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
+
+    root = Path(cfg.data)
 
     def compared(row):
         try:
-            images = [read_image(row[side], Path(cfg.data)) for side in sides]
+            images = [read_image(row[side], root) for side in sides]
         except Exception:  # as in ImagePairs
             return {"difference": math.nan}
         first, second = score(images, [row[caption] or ""] * 2)[0].tolist()
         return {"difference": first - second}
 
-    differences = []
+    differences, stamp = [], None
     datasets.disable_progress_bars()
     for turn in tqdm(range(0, len(table), CHUNK * world), desc="scores",
                      unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
         rows = range(len(table))[turn + CHUNK * rank:][:CHUNK]
         chunk = table.select(rows).select_columns(columns)
-        mark = Hasher.hash([chunk._fingerprint, cfg.label_with, stamp])
+        if (root / "pairs.jsonl").is_file():  # images that may change beside the table
+            images = [root / row[side]["path"] for row in chunk for side in sides]
+            stamp = [image.stat().st_mtime_ns for image in images if image.exists()]
+        mark = Hasher.hash([chunk._fingerprint, cfg.label_with, scorer, stamp])
         scored = chunk.map(compared, remove_columns=columns, new_fingerprint=mark)
         differences += sum(gather(scored["difference"][:] if rows else []), [])
+    bad = sum(map(math.isnan, differences))
+    if bad > max(1, len(table) / 100):
+        raise Refusal(f"--data {cfg.data}: of {len(table)} pairs, {bad} cannot be read, more than"
+                      " 1 %")
     made = [float(by > 0) if abs(by) > cfg.label_margin else None for by in differences]
     agree = [a == b for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
     return made, (f"by {cfg.label_with}; {sum(agree):,} of {len(agree):,} as in the data,"
-                  f" {sum(map(math.isnan, differences)):,} unreadable")
+                  f" {bad} unreadable")
 
 
 def head_to_head(names, scores, embeds):
@@ -1070,6 +1098,7 @@ def compare(task, cfg, path):
     scorers = {name: load_scorer(name, task.weight.device) for name in cfg.scorers.split(",")}
     made_by = {"reference": (cfg.model, cfg.resolution, cfg.precision)}
     made_by["policy"] = (*made_by["reference"], path, os.stat(path).st_mtime_ns)
+    made_by = gather(made_by)[0]  # each machine may have its own copy of the weights
     jobs = [(prompt, k) for prompt in prompts for k in range(cfg.images)]
 
     def file(side, job):
@@ -1077,7 +1106,7 @@ def compare(task, cfg, path):
                         for what in (made_by[side], job))
         return out / "comparison" / f"{side}-{folder}" / f"{name}.png"
 
-    found = []  # for every job: its number, scores (2, S), embeddings (2, D)
+    found = []  # of each batch of b jobs: numbers (b,), scores (b, 2, S), embeddings (b, 2, D)
     for first in tqdm(range(rank * cfg.micro_batch, len(jobs), world * cfg.micro_batch),
                       desc="compare", unit=" batches", ncols=99, disable=rank > 0):
         batch, sides = jobs[first:first + cfg.micro_batch], []
@@ -1090,16 +1119,15 @@ def compare(task, cfg, path):
             scored = [score(images, [prompt for prompt, _ in batch]) for score in scorers.values()]
             sides.append((torch.stack([scores for scores, _ in scored], 1), scored[0][1]))
         scores, embeds = (torch.stack(both, 1) for both in zip(*sides, strict=True))
-        found += zip(range(first, first + len(batch)), scores, embeds, strict=True)
-    _, scores, embeds = zip(*sorted(sum(gather(found), [])), strict=True)
-    scores, embeds = torch.stack(scores), torch.stack(embeds)  # (jobs, 2, S), (jobs, 2, D)
+        found.append((torch.arange(first, first + len(batch)), scores, embeds))
+    scores, embeds = gather_rows(found)  # (jobs, 2, S), (jobs, 2, D)
     if rank == 0:
         order = (scores[:, 1, 0] - scores[:, 0, 0]).argsort(descending=True).tolist()
         height, sheet = max(1, min(4, len(jobs) // 2)), []
         for shown in zip(order[:height], order[:-height - 1:-1], strict=True):
-            for number, (at, side) in itertools.product(shown, enumerate(made_by)):
-                sheet.append(Image.open(file(side, jobs[number])).convert("RGB"))
-                text = f"{side} {scores[number, at, 0]:.3f}: {jobs[number][0]}"
+            for i, (at, side) in itertools.product(shown, enumerate(made_by)):
+                sheet.append(Image.open(file(side, jobs[i])).convert("RGB"))
+                text = f"{side} {scores[i, at, 0]:.3f}: {jobs[i][0]}"
                 ImageDraw.Draw(sheet[-1]).text(
                     (8, 8), textwrap.fill(text, 40), "white", font_size=sheet[-1].width / 24,
                     stroke_fill="black", stroke_width=2)
@@ -1132,13 +1160,10 @@ def judge(task, cfg):
     """--evaluate and --compare: prints their results and writes them to OUT/evaluation.json and
     OUT/comparison.json."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    path, results = load_policy(task, cfg), {}
-    if cfg.evaluate:
-        results["evaluation"] = evaluate(task, cfg)
-    if cfg.compare:
-        results["comparison"] = compare(task, cfg, path)
-    if rank_and_world()[0] > 0:
-        return
+    path, rank = load_policy(task, cfg), rank_and_world()[0]
+    kept = {name: task.facts[name] for name in ("model", "data", "judged on") if name in task.facts}
+    if rank == 0:
+        print_facts(kept | {"policy": path})
 
     def text(value):
         if isinstance(value, dict):
@@ -1147,19 +1172,21 @@ def judge(task, cfg):
             return " ".join(map(text, value))
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    kept = {name: task.facts[name] for name in ("model", "data", "judged on") if name in task.facts}
-    print_facts(kept | {"policy": path})
-    if cfg.trained_on:
-        print_facts({"WARNING": "it was trained on these pairs; name others by --eval-split"})
-    settings = {"evaluation": "data where eval_split eval_draws beta gamma", "comparison":
-                "prompts images"}
-    for name, numbers in results.items():
-        file, flags = Path(cfg.out) / f"{name}.json", f"model resolution precision {settings[name]}"
-        write_json(file, numbers | {flag: getattr(cfg, flag) for flag in flags.split()}
-                   | {"policy": path})
-        print(f"\n{name}: {file}")
-        for what, value in numbers.items():
-            print(f"    {what:25} {text(value)}")
+    def report(name, numbers, flags):
+        if rank == 0:
+            settings = {flag: getattr(cfg, flag) for flag in flags.split()}
+            file = Path(cfg.out) / f"{name}.json"
+            write_json(file, numbers | settings | {"policy": path})
+            print(f"\n{name}: {file}")
+            for what, value in numbers.items():
+                print(f"    {what:25} {text(value)}")
+
+    if cfg.evaluate:
+        flags = "model data where eval_split eval_draws resolution precision beta gamma"
+        report("evaluation", evaluate(task, cfg), flags)
+    if cfg.compare:
+        flags = "model prompts images resolution precision"
+        report("comparison", compare(task, cfg, path), flags)
 
 
 # ==================================================================================================
@@ -1231,6 +1258,13 @@ def gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def gather_rows(found):
+    """Of all processes' batches (rows (B,), tensors (B, ...), ...): the tensors, each in one piece
+    and in the order of the rows; [] if there was no batch."""
+    columns = [torch.cat(column) for column in zip(*sum(gather(found), []), strict=True)]
+    return [column[columns[0].argsort()] for column in columns[1:]]
 
 
 def first_line(error):
@@ -1315,13 +1349,15 @@ def toy_figure(cfg, pairs, compared, p_star, rows, path):
         ax.set_title(f"{label}\nTV to p* = {total_variation(p, p_star):.3f}")
     # The labels are random, so not even the reward behind them reaches loss 0 and accuracy 1.
     true_logit = pairs.reward(pairs.x_w) - pairs.reward(pairs.x_l)
-    best = -F.logsigmoid(true_logit).mean(), (true_logit > 0).double().mean()
-    for ax, knows_nothing, knows_all in zip(curves, (math.log(2), 0.5), best):  # noqa: B905
+    lines = ((curves[0], math.log(2), -F.logsigmoid(true_logit).mean()),
+             (curves[1], 0.5, (true_logit > 0).double().mean()))
+    for ax, knows_nothing, knows_all in lines[cfg.method == "sft":]:  # whose loss is another
         ax.axhline(knows_nothing, c="gray", ls=":", label="knows nothing")
         ax.axhline(knows_all, c="black", ls="--", label="the labels' reward")
     if held_out := [(row["step"], row["held_out_accuracy"]) for row in rows
                     if "held_out_accuracy" in row]:
         curves[1].plot(*zip(*held_out, strict=True), ".-k", label="policy, held-out pairs")
+    rows = [row for row in rows if "loss" in row]
     log = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     n = min(20, len(rows))  # of the moving average
     for ax, values, colour, label in (
@@ -1434,7 +1470,7 @@ FLAGS = {
         "workers": (SIZE, (0, 4, 4), "processes that read images, per GPU (ours)")}}
 # These may differ when a run is started again; the rest makes it another run.
 FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate compare judging
-    eval_draws eval_every eval_split scorers images""".split()
+    eval_draws eval_every eval_split overlap scorers images""".split()
 
 
 def parse(argv=None):
@@ -1517,10 +1553,11 @@ def settle(cfg, given):
         raise Refusal(f"--label-with {cfg.label_with}: the toy's only scorer is proxy")
     if cfg.resolution and cfg.resolution % 8:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
-    if cfg.prompts and not (Path(cfg.prompts).is_file() and read_prompts(cfg.prompts)):
-        raise Refusal(f"--prompts {cfg.prompts}: no such file, or no prompt in it")
-    if cfg.evaluate and not toy:
-        cfg.eval_split = cfg.eval_split or cfg.split
+    try:
+        if cfg.prompts and not read_prompts(cfg.prompts):
+            raise ValueError("no prompt in it")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--prompts {cfg.prompts}: {first_line(error)}") from error
     if cfg.policy and not cfg.judging:
         raise Refusal(f"--policy {cfg.policy}: it is not trained; add --evaluate or --compare")
     if cfg.compare and not cfg.prompts:
@@ -1531,15 +1568,21 @@ def settle(cfg, given):
     if cfg.out is None:
         words = [f"{name}={value}" for name, value in given.items() if name not in FREE]
         cfg.out = "runs/" + re.sub(r"[^\w.=+-]+", "_", "-".join([Path(cfg.model).name, *words]))
-    cfg.trained_on = False
-    if cfg.judging and not cfg.policy:  # with its beta, gamma, resolution, if no flag names others
-        there = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
-        if there["model"] != cfg.model:
-            raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {there['model']}")
-        for name in {"beta", "gamma", "resolution"} - set(given):
-            setattr(cfg, name, there[name])
-        cfg.trained_on = bool(cfg.evaluate and there["data"] == cfg.data and not toy) and (
-            there["split"] in (cfg.eval_split, cfg.eval_split.partition("[")[0]))
+    trained = vars(cfg)  # how the policy was, or will be
+    if cfg.judging and not (cfg.policy and not Path(cfg.out, "config.json").exists()):
+        trained = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
+        if trained["model"] != cfg.model:
+            raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {trained['model']}")
+        names = {"beta", "gamma", "resolution"}  # judge it as it was trained, on its data
+        if "data" not in given:
+            names |= {"data", "where", "split", "eval_split"}
+        for name in names - set(given):
+            setattr(cfg, name, trained[name])
+    if cfg.evaluate and not toy:
+        cfg.eval_split = given.get("eval_split", given.get("split", cfg.eval_split or cfg.split))
+    cfg.overlap = bool(cfg.eval_split) and trained["data"] == cfg.data and (
+        trained["split"] in (cfg.eval_split, cfg.eval_split.partition("[")[0])
+        or cfg.eval_split == trained["split"].partition("[")[0])
 
 
 def read_config(out, advice):
@@ -1556,8 +1599,8 @@ def check_out(cfg):
     if not out.exists() or (out.is_dir() and all(p.suffix == ".partial" for p in out.iterdir())):
         return
     there = read_config(out, "name a new folder")
-    differ = [f"{name} is {there.get(name)} there, {here} here" for name, here in vars(cfg).items()
-              if name not in FREE and there.get(name) != here]
+    differ = [f"{name} is {there[name]} there, {here} here" for name, here in vars(cfg).items()
+              if name not in FREE and there.get(name, here) != here]
     if differ:
         raise Refusal(f"--out {out}: another run ({'; '.join(differ)}); name a new folder")
 

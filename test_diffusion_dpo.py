@@ -1124,7 +1124,9 @@ def test_evaluate_by_torchrun(straight, tmp_path):
     argv = [*TOY, "--out", tmp_path / "run"]
     rows, result = train(*argv, "--eval-every", "3")
     assert same(result, straight[1])
-    assert [row["step"] for row in rows if "held_out_accuracy" in row] == [2, 5, 7]
+    assert [row["step"] for row in rows if "held_out_accuracy" in row] == [3, 6, 8]
+    rest = [row["loss"] for row in rows if "loss" in row]
+    assert rest == [row["loss"] for row in straight[0]]
     results = []
     for processes in (0, 2):
         printed = run(*argv, "--evaluate", "--micro-batch", "100", processes=processes)
@@ -1334,6 +1336,29 @@ def test_compare_by_torchrun(contest, tmp_path):
     assert results[0] == results[1]
 
 
+def test_relabelling_notices_changed_files(tmp_path, monkeypatch):
+    """Images beside pairs.jsonl that have changed are scored again; and where more than 1 % (and
+    more than one) cannot be read, the run is refused."""
+    calls = []
+    monkeypatch.setattr(dpo, "load_scorer", redness(calls))
+    lines = [{"prompt": str(i), "preferred": f"{i}.png", "rejected": "blue.png"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, colour in (("0", "red"), ("1", "blue"), ("2", "red"), ("blue", "blue")):
+        (tmp_path / f"{name}.png").write_bytes(jpeg(colour, form="PNG"))
+
+    def pairs():
+        argv = ["--model", "sd15", "--data", str(tmp_path), "--label-with", "red"]
+        return dpo.ImagePairs(dpo.parse(argv), "train", torch.device("cpu"))
+
+    assert pairs().prompts == ["0", "2"] and pairs().labels == [1, 1] and len(calls) == 3
+    (tmp_path / "1.png").write_bytes(jpeg("red", form="PNG"))
+    assert pairs().prompts == ["0", "1", "2"] and len(calls) == 6
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.png").write_bytes(b"broken")
+    with pytest.raises(dpo.Refusal, match="of 3 pairs, 2 cannot be read"):
+        pairs()
+
+
 def test_relabelled_run_trains_by_the_scorer(tiny, tmp_path, capsys):
     """--label-with reaches the training of a tiny SD1.5; held-out pairs keep the labels of people,
     and a changed scorer is another one."""
@@ -1377,6 +1402,24 @@ def test_toy_proxy_is_hacked():
         assert losses[0] < losses[1]
 
 
+def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
+    """The machine dies in an evaluation: all steps before it are in a checkpoint. Started again
+    without evaluations, the run ends with its report all the same."""
+    argv = [*TOY, "--save-every", "100", "--out", tmp_path / "run"]
+
+    def die(task, cfg):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo, "evaluate", die)
+        train(*argv, "--eval-every", "5")
+    assert (tmp_path / "run" / "checkpoint-00000005").is_dir()
+    train(*argv, "--eval-every", "3")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000008")
+    run(*argv)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_evaluate_images(tiny, tmp_path, capsys):
     """--evaluate of a tiny SD1.5: the beta it was trained with, the newest weights of its folder or
     those of --policy; an unreadable pair is left out, and none steps in for it."""
@@ -1395,20 +1438,24 @@ def test_evaluate_images(tiny, tmp_path, capsys):
         dpo.main([*argv, "--evaluate", *more])
         return json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
-    one, two = evaluation("--data", sound), evaluation("--data", broken)
+    one, two = evaluation("--split", "train"), evaluation("--data", broken)
     output = capsys.readouterr().out
-    assert output.count("trained on these pairs") == 1
+    assert output.count("it is trained on them") == 1
     assert one["beta"] == 300 and 0 < abs(one["margin"])
     assert (two["pairs"], two["unreadable"]) == (5, 1)
     for name in ("accuracy", "margin", "rise_w", "rise_l"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
     assert "accuracy_of_true_reward" not in one
-    halfway = evaluation("--data", sound, "--policy", str(tmp_path / "run/checkpoint-00000002"),
-                         "--beta", "300")
+    assert evaluation()["eval_split"] == "train[-2:]"
+    halfway = evaluation("--policy", str(tmp_path / "run/checkpoint-00000002"), "--split", "train")
     assert halfway["policy"].endswith("checkpoint-00000002/unet/" + dpo.WEIGHTS)
     assert halfway["margin"] == one["margin"]
     start = evaluation("--data", sound, "--policy", str(tiny / "tiny-sd15"))
-    assert start["accuracy"] == 0.5 and start["rise_w"] == 0 and start["beta"] == 2000
+    assert start["accuracy"] == 0.5 and start["rise_w"] == 0 and start["beta"] == 300
+    argv[-1] = str(tmp_path / "new")
+    dpo.main([*argv, "--evaluate", "--data", sound, "--policy", str(tmp_path / "run")])
+    new = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert new["beta"] == 2000 and new["accuracy"] == one["accuracy"]
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -1446,6 +1493,7 @@ def wrong_inputs():
         ("--toy --evaluate --policy {tmp}/torn --out {tmp}/empty", "--policy {tmp}/torn"),
         ("--toy --evaluate --policy {tiny}/tiny-sd15/unet --out {tmp}/empty", "for --model toy"),
         ("--toy --evaluate --policy no/where --out {tmp}/empty", "--policy no/where"),
+        (sd + "{tiny}/pairs.parquet --prompts {tiny}/pairs.parquet", "--prompts {tiny}/pairs"),
         (sd + "{tiny}/pairs.parquet --eval-every 3", "it needs --eval-split"),
         (sd + "{tiny}/pairs.parquet --where caption", "--where caption"),
         (sd + "{tiny}/pairs.parquet --where model_0=dream", "caption, jpg_0, jpg_1, label_0"),
