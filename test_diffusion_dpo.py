@@ -1420,6 +1420,19 @@ def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "results.json").exists()
 
 
+def test_the_newest_policy_is_judged(straight, tmp_path):
+    """Of a run that is still going on the newest checkpoint is taken; of one that has ended, what
+    it ended with."""
+    cfg = dpo.parse([*TOY, "--evaluate", "--policy", str(tmp_path)])
+    task = dpo.make_toy(cfg)
+    for number, folder in enumerate(("checkpoint-00000003", "checkpoint-00000006", ".")):
+        changed = {name: number * value for name, value in straight[1].items()}
+        (tmp_path / folder / "policy").mkdir(parents=True)
+        save_file(changed, tmp_path / folder / "policy" / dpo.WEIGHTS)
+        assert Path(dpo.load_policy(task, cfg)).parent == tmp_path / folder / "policy"
+        assert same(task.policy.state_dict(), changed)
+
+
 def test_evaluate_images(tiny, tmp_path, capsys):
     """--evaluate of a tiny SD1.5: the beta it was trained with, the newest weights of its folder or
     those of --policy; an unreadable pair is left out, and none steps in for it."""
@@ -1452,7 +1465,11 @@ def test_evaluate_images(tiny, tmp_path, capsys):
     assert halfway["margin"] == one["margin"]
     start = evaluation("--data", sound, "--policy", str(tiny / "tiny-sd15"))
     assert start["accuracy"] == 0.5 and start["rise_w"] == 0 and start["beta"] == 300
-    argv[-1] = str(tmp_path / "new")
+    argv[1] = str(tiny / "tiny-sdxl")
+    with pytest.raises(SystemExit):
+        evaluation()
+    assert f"was trained from {tiny}/tiny-sd15" in capsys.readouterr().err
+    argv[1], argv[-1] = str(tiny / "tiny-sd15"), str(tmp_path / "new")
     dpo.main([*argv, "--evaluate", "--data", sound, "--policy", str(tmp_path / "run")])
     new = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert new["beta"] == 2000 and new["accuracy"] == one["accuracy"]
