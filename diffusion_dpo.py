@@ -70,9 +70,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from importlib.util import find_spec
 from io import BytesIO
@@ -203,8 +205,9 @@ class Task:
     # "keys" and, where other pairs had to step in, {row: why} as "unreadable"
     held_out: Any  # the same for pairs that are not trained on, or None
     encode: Callable  # batch -> x_w (B, *shape), x_l (B, *shape), cond {name: (2B, ...)}
-    save: Callable  # folder -> writes the policy into it, its weights as WEIGHTS
-    load: Callable  # the tensors of WEIGHTS -> puts them into the policy
+    state: Callable  # () -> {name: tensor}, the weights of the policy
+    load: Callable  # puts such weights into the policy
+    save: Callable  # (folder, weights) -> writes the policy into it, its weights as WEIGHTS
     sample: Callable  # (path, metrics) -> draws reference and policy side by side
     report: Callable  # metrics -> says what came out, after the last step
     facts: dict  # lines for the start of the run: {"pairs": "200,000, ..."}
@@ -395,16 +398,16 @@ def make_toy(cfg):
     held_out = ToyPairs(ring, HELD_OUT_PAIRS, "held out")
     report = functools.partial(toy_report, cfg, ring, policy, pairs)
 
-    def save(folder):
+    def save(folder, weights):
         from safetensors.torch import save_file
-        save_file(policy.state_dict(), folder / WEIGHTS)
+        save_file(weights, folder / WEIGHTS)
 
     return Task(
         policy=policy, reference=ring, alphas_cumprod=ring.alphas_cumprod,
         weight=elbo_weight(ring.alphas_cumprod), pairs=pairs, held_out=held_out,
         encode=lambda batch: (batch["x_w"], batch["x_l"], {}),
         true_margin=lambda batch: toy_reward(batch["x_w"]) - toy_reward(batch["x_l"]),
-        save=save, load=policy.load_state_dict, sample=report,
+        state=policy.state_dict, load=policy.load_state_dict, save=save, sample=report,
         report=functools.partial(report, Path(cfg.out) / "toy.png"),
         facts={"model": "toy: a ring of 8 Gaussians with its exact score, plus a small network",
                "pairs": f"{len(pairs):,}, labelled by the Bradley-Terry model of the {whose}",
@@ -480,7 +483,8 @@ def train(task, cfg):
     out, device = Path(cfg.out), task.weight.device
     accumulation = cfg.batch // (cfg.micro_batch * world)  # micro-batches per step and process
     optimizer = make_optimizer(task.policy.parameters(), cfg)
-    start, unreadable = load_checkpoint(task, optimizer, out)
+    checkpoints = Checkpoints(task, optimizer, out)
+    start, unreadable = checkpoints.load()
     if len(set(gather(start))) > 1:
         raise Refusal(f"--out {out}: it should be on a disk that all machines share")
     policy = task.policy
@@ -497,7 +501,8 @@ def train(task, cfg):
     def leave(step, reason, code):
         bar.close()
         if rank == 0:
-            save_checkpoint(task, optimizer, out, step, unreadable)
+            checkpoints.save(step, unreadable)
+            checkpoints.wait()
             print(f"{reason}\nSaved in {out}: the policy after {step} steps.")
         gather(None)  # torchrun ends the others as soon as one is gone: wait for process 0
         sys.exit(code)
@@ -511,7 +516,7 @@ def train(task, cfg):
         """Judges the policy after `step` steps. A kill meanwhile loses nothing."""
         if cfg.eval_every and step and (step % cfg.eval_every == 0 or step == cfg.steps):
             if rank == 0:
-                save_checkpoint(task, optimizer, out, step, unreadable)
+                checkpoints.save(step, unreadable)
             numbers = evaluate(task, cfg)
             if rank == 0:
                 log({"step": step} | {f"held_out_{name}": numbers[name] for name in numbers})
@@ -573,6 +578,7 @@ def train(task, cfg):
         done = step + 1
         if rank > 0:
             continue
+        checkpoints.check()
         if step == 0:
             about = "it must be log 2 = 0.6931, as policy = reference"
             if cfg.gamma:
@@ -586,7 +592,7 @@ def train(task, cfg):
         if step % cfg.log_every == 0 or done == cfg.steps:
             log(row)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_checkpoint(task, optimizer, out, done, unreadable)
+            checkpoints.save(done, unreadable)
         if cfg.sample_every and done % cfg.sample_every == 0:
             (out / "samples").mkdir(exist_ok=True)
             try:
@@ -597,7 +603,8 @@ def train(task, cfg):
     for number, handler in zip(STOPPING, before, strict=True):
         signal.signal(number, handler)
     if rank == 0:
-        write_folder(out / task.folder, task.save)
+        checkpoints.wait()
+        write_folder(out / task.folder, lambda folder: task.save(folder, task.state()))
     look(cfg.steps)
     return rows
 
@@ -880,6 +887,11 @@ def make_stable_diffusion(cfg, device):
                  for prompt in given for side in ("reference", "policy")]
         diffusers.utils.make_image_grid(sheet, len(given), 2).save(path)
 
+    def save(folder, weights):  # as unet.save_pretrained does, but of a copy
+        from safetensors.torch import save_file
+        unet.save_config(folder)
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
     def report(rows):
         print(f"\nThe policy is in {cfg.out}/unet. To draw with it:\n"
               f"    from diffusers import DiffusionPipeline, UNet2DConditionModel\n"
@@ -891,8 +903,7 @@ def make_stable_diffusion(cfg, device):
         alphas_cumprod=schedule.alphas_cumprod.to(device),
         weight=torch.full_like(schedule.alphas_cumprod, 1 / (2 * d), device=device),
         prediction=prediction, pairs=pairs, held_out=held_out, encode=encode, draw=draw,
-        save=lambda folder: unet.save_pretrained(folder, max_shard_size="100GB"),  # in one file
-        load=unet.load_state_dict, sample=sample, report=report,
+        state=unet.state_dict, load=unet.load_state_dict, save=save, sample=sample, report=report,
         facts={"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
                f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
         | (pairs.facts if pairs else {}) | judged_on)
@@ -1306,31 +1317,77 @@ def write_folder(folder, fill):
     to_disk(folder.parent)
 
 
-def save_checkpoint(task, optimizer, out, step, unreadable):
-    """Writes OUT/checkpoint-STEP: policy, optimizer, and the little more that a restart needs."""
-    def fill(folder):
-        (folder / task.folder).mkdir()
-        task.save(folder / task.folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        write_json(folder / "state.json", {"step": step, "unreadable": unreadable})
-
-    torn = list(out.glob(".checkpoint-*.partial"))  # of a process that died as it wrote
-    write_folder(out / f"checkpoint-{step:08d}", fill)
-    for folder in (*torn, *sorted(out.glob("checkpoint-*"))[:-2]):
-        shutil.rmtree(folder, ignore_errors=True)
+def to_cpu(state):
+    """A copy of a state_dict, on the CPU, that the next steps do not change."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    return deepcopy(state)
 
 
-def load_checkpoint(task, optimizer, out):
-    """Reads the newest checkpoint, if any. Returns the step to go on from, the unreadable pairs."""
-    found = sorted(out.glob("checkpoint-*"))
-    if not found:
+class Checkpoints:
+    """OUT/checkpoint-STEP: policy, optimizer, and the little more that a restart needs. A thread
+    writes them; the training waits for a copy of the tensors, not for the disk."""
+
+    def __init__(self, task, optimizer, out):
+        self.task, self.optimizer, self.out = task, optimizer, out
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def save(self, step, unreadable):
+        self.wait()
+        if (self.out / f"checkpoint-{step:08d}").exists():
+            return
+        self.writing = self.thread.submit(self.write, step, to_cpu(self.task.state()),
+                                          to_cpu(self.optimizer.state_dict()), dict(unreadable))
+
+    def write(self, step, weights, optimizer, unreadable):
+        def fill(folder):
+            (folder / self.task.folder).mkdir()
+            self.task.save(folder / self.task.folder, weights)
+            torch.save(optimizer, folder / "optimizer.pt")
+            write_json(folder / "state.json", {"step": step, "unreadable": unreadable})
+
+        torn = list(self.out.glob(".checkpoint-*.partial"))  # of a process that died as it wrote
+        try:
+            write_folder(self.out / f"checkpoint-{step:08d}", fill)
+        except Exception as error:  # torch and safetensors have their own for a disk that is full
+            raise OSError(f"{self.out}/checkpoint-{step:08d}: {first_line(error)}") from error
+        for folder in (*torn, *sorted(self.out.glob("checkpoint-*"))[:-2]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def wait(self):
+        """Until the last one is on the disk. Raises what went wrong there."""
+        if self.writing:
+            self.writing.result()
+
+    def check(self):
+        """Raises what went wrong, if the last one is done with."""
+        if self.writing and self.writing.done():
+            self.writing.result()
+
+    def load(self):
+        """Reads the newest that can be read. Returns the step to go on from, and the unreadable
+        pairs. Raises Refusal if there are checkpoints, and none is whole."""
+        from safetensors.torch import load_file
+        wrong = {}
+        for folder in sorted(self.out.glob("checkpoint-*"), reverse=True):
+            try:
+                state = json.loads((folder / "state.json").read_text())
+                optimizer = torch.load(folder / "optimizer.pt", map_location="cpu",
+                                       weights_only=True)
+                self.task.load(load_file(folder / self.task.folder / WEIGHTS))
+                self.optimizer.load_state_dict(optimizer)
+            except Exception as error:  # torn files raise anything
+                wrong[folder] = first_line(error)
+                continue
+            for torn in wrong if rank_and_world()[0] == 0 else ():  # its step will come again
+                print(f"WARNING     {torn} is broken ({wrong[torn]}); going on from {folder}")
+                torn.rename(torn.with_name(f".{torn.name}.partial"))
+            return state["step"], state["unreadable"]
+        if wrong:
+            raise Refusal(f"--out {self.out}: no checkpoint can be read ({first_line(wrong)})")
         return 0, {}
-    from safetensors.torch import load_file
-    task.load(load_file(found[-1] / task.folder / WEIGHTS))
-    state = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
-    state = json.loads((found[-1] / "state.json").read_text())
-    return state["step"], state["unreadable"]
 
 
 def toy_figure(cfg, pairs, compared, p_star, rows, path):
@@ -1464,13 +1521,15 @@ FLAGS = {
         "save-every": (COUNT, (500, 100, 100), "steps between checkpoints; two are kept (ours)"),
         "sample-every": (SIZE, (0, 250, 250), "steps between pictures, reference beside policy;"
                          " 0: none (ours)"),
+        "timeout": (number(float, 0.01), 30, "minutes that a process waits for the others before"
+                    " the run ends (torch's)"),
         "log-every": (COUNT, (10, 1, 1), "steps between lines of metrics.jsonl (ours)"),
         "prompts": (str, (NO, None, None), "file, a prompt a line, for --compare and for"
                     " pictures in training (or else the first 4 of the data)"),
         "workers": (SIZE, (0, 4, 4), "processes that read images, per GPU (ours)")}}
 # These may differ when a run is started again; the rest makes it another run.
-FREE = """out save_every sample_every log_every prompts workers micro_batch evaluate compare judging
-    eval_draws eval_every eval_split overlap scorers images""".split()
+FREE = """out timeout save_every sample_every log_every prompts workers micro_batch evaluate compare
+    judging eval_draws eval_every eval_split overlap scorers images""".split()
 
 
 def parse(argv=None):
@@ -1615,7 +1674,13 @@ def main(argv=None):
         if gpu:
             torch.cuda.set_device(device)
         if "RANK" in os.environ:  # torchrun
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            # torchrun --max-restarts keeps its store: without a prefix the addresses of dead
+            # processes are still in it, and gloo may take them for those of the living.
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                timeout=timedelta(minutes=cfg.timeout))
         task = make_toy(cfg) if cfg.preset == "toy" else make_stable_diffusion(cfg, device)
         if cfg.judging:
             judge(task, cfg)
@@ -1624,11 +1689,19 @@ def main(argv=None):
             if rank_and_world()[0] == 0:
                 task.report(rows)
         if dist.is_initialized():  # not after an error: it would wait for processes that are gone
+            gather(None)  # gloo aborts if one process leaves while another is still at work
             dist.destroy_process_group()
     except (Refusal, OSError) as error:  # OSError: a folder not writable, a disk that is full
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             print(f"diffusion_dpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not ("gloo" in str(error) or isinstance(error, dist.DistBackendError)):
+            raise
+        print("\ndiffusion_dpo.py: error: another process is gone or has not answered for --timeout"
+              f" {cfg.timeout:g} minutes. The same command goes on from the newest checkpoint.",
+              file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the training, which handles it by itself
         sys.exit(130)
 

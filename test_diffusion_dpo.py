@@ -1,6 +1,7 @@
 """Proof that diffusion_dpo.py computes what it says. Each test's docstring is one claim.
 
-    pytest                  # about two minutes on two cores, no network, no GPU
+    pytest                  # about three minutes on two cores, no network, no GPU
+    pytest -m slow          # runs killed again and again, two minutes more
 
 The yardsticks are independent of the script: closed forms, a literal transcription of the equation,
 torch.distributions, diffusers' schedulers and pipelines, and the same run done another way.
@@ -10,6 +11,8 @@ import io
 import json
 import math
 import os
+import random
+import resource
 import shutil
 import signal
 import statistics
@@ -152,7 +155,7 @@ def spy_task(prediction="epsilon", denoiser=None, weight=1.0):
             return (denoiser or torch.zeros_like)(x_t) * self.scale
 
     task = dpo.Task(Spy("policy"), Spy("reference"), sd_schedule().alphas_cumprod,
-                    torch.full((1000,), weight), *[None] * 7, facts={}, prediction=prediction)
+                    torch.full((1000,), weight), *[None] * 8, facts={}, prediction=prediction)
     return task, calls
 
 
@@ -873,6 +876,103 @@ def test_half_written_checkpoint_is_never_read(straight, tmp_path, monkeypatch):
     assert left == ["checkpoint-00000006", "checkpoint-00000008"]
 
 
+LONG = [*TOY, "--steps", "120", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """{processes: weights} of the run LONG, left alone."""
+    one, two = (tmp_path_factory.mktemp("long") / "run" for _ in range(2))
+    train(*LONG, "--out", one)
+    run(*LONG, "--out", two, processes=2)
+    return {0: weights(one), 2: weights(two)}
+
+
+def steps_done(out):
+    metrics = out / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def start(out, log, *argv, processes=0, restarts=0, **options):
+    line = command(*LONG, *argv, "--out", out, processes=processes)
+    if restarts:
+        line.insert(line.index("--nproc_per_node"), f"--max-restarts={restarts}")
+    return subprocess.Popen(line, stdout=open(log, "a"), stderr=subprocess.STDOUT,
+                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            **options)
+
+
+def wait_for_steps(process, out, steps):
+    while process.poll() is None and steps_done(out) < steps:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(21, marks=pytest.mark.slow)])
+def test_killed_again_and_again(undisturbed, tmp_path, times):
+    """SIGKILL at any moment, while a checkpoint is written more often than not; a disk that is
+    full; a newest checkpoint that is torn: the same command ends with the weights of the run that
+    was left alone, bit for bit. A full disk is one clear line."""
+    out, log, rng = tmp_path / "run", tmp_path / "log", random.Random(times)
+    for turn in range(times):
+        kind = ("kill", "torn", "full disk")[turn % 3]
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))) \
+            if kind == "full disk" else None
+        log.write_text("")
+        process = start(out, log, preexec_fn=limit)
+        if kind == "full disk":
+            assert process.wait(60) == 2, log.read_text()
+            assert f"error: {out}/checkpoint-" in log.read_text()
+            assert "Traceback" not in log.read_text()
+            continue
+        wait_for_steps(process, out, (turn + 1) * 100 // times - rng.randrange(3))
+        time.sleep(rng.random() / 50)
+        process.kill()
+        process.wait()
+        found = sorted(out.glob("checkpoint-*"))
+        if kind == "torn" and len(found) == 2:
+            file = rng.choice([path for path in found[1].rglob("*") if path.is_file()])
+            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    log.write_text("")
+    assert start(out, log).wait(60) == 0, log.read_text()
+    assert same(weights(out), undisturbed[0])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(120))
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_torchrun_restarts_by_itself(undisturbed, tmp_path, times):
+    """One of two processes is killed: torchrun --max-restarts starts both again, and the weights
+    are those of two processes that were left alone, bit for bit."""
+    out, log, rng = tmp_path / "run", tmp_path / "log", random.Random(times)
+    process = start(out, log, "--timeout", "1", processes=2, restarts=times)
+    for turn in range(times):
+        wait_for_steps(process, out, (turn + 1) * 100 // times)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(rng.choice(children.stdout.split())), signal.SIGKILL)
+        time.sleep(1)  # until torchrun has noticed
+    assert process.wait(120) == 0, log.read_text()
+    assert log.read_text().count("step 0 ") == 1 and "from step 0" in log.read_text()
+    assert same(weights(out), undisturbed[2])
+
+
+def test_a_hang_ends_the_run(tmp_path):
+    """A process that stands still ends the run after --timeout, with a line that says so."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    line = command("--toy", "--timeout", "0.03", "--out", out, processes=2)
+    with open(log, "w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    wait_for_steps(process, out, 1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    still = max(map(int, children.stdout.split()))
+    os.kill(still, signal.SIGSTOP)
+    while "has not answered for --timeout 0.03" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    os.kill(still, signal.SIGKILL)
+    assert process.wait(60) != 0
+
+
 def test_non_finite_loss_stops_before_the_weights(tmp_path):
     """A NaN in step 2 ends the run with the weights of before step 2, saved, and says so."""
     out = tmp_path / "run"
@@ -1413,6 +1513,9 @@ def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dpo, "evaluate", die)
         train(*argv, "--eval-every", "5")
+    for _ in range(100):  # a thread is at it
+        if not (tmp_path / "run" / "checkpoint-00000005").is_dir():
+            time.sleep(0.05)
     assert (tmp_path / "run" / "checkpoint-00000005").is_dir()
     train(*argv, "--eval-every", "3")
     shutil.rmtree(tmp_path / "run" / "checkpoint-00000008")
