@@ -1604,7 +1604,7 @@ def wrong_inputs():
         (sd + "{tmp}/none.parquet", "no data"),
         ("--toy --label-with clip", "only scorer is proxy"),
         (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-sd15", "scorer {tiny}/tiny-sd15"),
-        (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-sd15/text_encoder", "scorer"),
+        (sd + "{tiny}/pairs.parquet --label-with {tmp}/half", "not a CLIPModel"),
         (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-clip+{tmp}/file.txt", "file.txt: "),
         ("--toy --evaluate --out {tmp}/empty", "holds no run; train one"),
         ("--toy --policy {tmp}", "add --evaluate"), ("--toy --compare", "--compare means nothing"),
@@ -1628,6 +1628,10 @@ def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "file.txt").write_text("hello")
     (folder / "empty").mkdir()
+    make_tiny.make_scorer(folder / "half")
+    found = load_file(folder / "half" / "model.safetensors")
+    save_file({name: value for name, value in found.items() if "visual_proj" not in name},
+              folder / "half" / "model.safetensors", {"format": "pt"})
     (folder / "torn").mkdir()
     (folder / "torn" / dpo.WEIGHTS).write_bytes(b"torn")
     parquet(folder / "ties.parquet", [pick(0.5)])
