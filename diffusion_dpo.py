@@ -71,7 +71,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -190,7 +190,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond, policy=None):
     return err_w, err_l, ref_err_w, ref_err_l
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers calls the file
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers calls the files
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -207,11 +208,12 @@ class Task:
     encode: Callable  # batch -> x_w (B, *shape), x_l (B, *shape), cond {name: (2B, ...)}
     state: Callable  # () -> {name: tensor}, the weights of the policy
     load: Callable  # puts such weights into the policy
-    save: Callable  # (folder, weights) -> writes the policy into it, its weights as WEIGHTS
+    save: Callable  # (folder, weights) -> writes the policy into it, its weights as `file`
     sample: Callable  # (path, metrics) -> draws reference and policy side by side
     report: Callable  # metrics -> says what came out, after the last step
     facts: dict  # lines for the start of the run: {"pairs": "200,000, ..."}
     folder: str = "policy"  # the policy's place in --out
+    file: str = WEIGHTS  # its weights there
     prediction: str = "epsilon"  # or "v_prediction"
     draw: Callable | None = None  # ("reference" or "policy", [(prompt, number), ...]) -> images
     true_margin: Callable | None = None  # batch -> true reward of x_w minus that of x_l (B,)
@@ -482,7 +484,7 @@ def train(task, cfg):
     rank, world = rank_and_world()
     out, device = Path(cfg.out), task.weight.device
     accumulation = cfg.batch // (cfg.micro_batch * world)  # micro-batches per step and process
-    optimizer = make_optimizer(task.policy.parameters(), cfg)
+    optimizer = make_optimizer([p for p in task.policy.parameters() if p.requires_grad], cfg)
     checkpoints = Checkpoints(task, optimizer, out)
     start, unreadable = checkpoints.load()
     if len(set(gather(start))) > 1:
@@ -638,12 +640,12 @@ def load_pairs(data, split, where=None):
     decoded. Raises Refusal with what is wrong.
     """
     import datasets
-    path, jsonl, name = Path(data), Path(data) / "pairs.jsonl", split.partition("[")[0]
+    path, jsonl = Path(data), Path(data) / "pairs.jsonl"
     try:
         if jsonl.is_file():
-            table = datasets.load_dataset("json", data_files={name: str(jsonl)}, split=split)
+            table = datasets.load_dataset("json", data_files=str(jsonl), split=split)
         elif path.is_file():
-            table = datasets.load_dataset("parquet", data_files={name: data}, split=split)
+            table = datasets.load_dataset("parquet", data_files=data, split=split)
         else:  # a folder of parquet files or a hub id
             table = datasets.load_dataset(data, split=split)
     except Exception as error:  # what can go wrong in there has no common base class
@@ -820,6 +822,39 @@ def read_prompts(path):
     return [line for line in text.splitlines() if line.strip()]
 
 
+def add_lora(policy, cfg):
+    """Gives the policy's UNet, which is frozen, adapters that are trained in fp32 and start at 0.
+    Without them it is the reference. Returns: the reference; a context without the adapters; their
+    state_dict; and what loads them from LORA_WEIGHTS."""
+    import diffusers
+    import peft
+    unet = policy.unet
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(cfg.seed)
+        unet.add_adapter(peft.LoraConfig(
+            r=cfg.lora, lora_alpha=cfg.lora, init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"]))  # as diffusers' examples do
+    diffusers.training_utils.cast_training_params(unet, torch.float32)
+
+    @contextmanager
+    def without():
+        unet.disable_adapters()
+        try:
+            yield
+        finally:
+            unet.enable_adapters()
+
+    def reference(x_t, t, **cond):
+        with without():
+            return policy(x_t, t, **cond)
+
+    def load(weights):
+        weights = {name.removeprefix("unet."): value for name, value in weights.items()}
+        peft.set_peft_model_state_dict(unet, weights)
+
+    return reference, without, functools.partial(peft.get_peft_model_state_dict, unet), load
+
+
 def make_stable_diffusion(cfg, device):
     """SD1.5, SDXL, or a model of their build, from the hub or a folder, as a Task."""
     import diffusers
@@ -843,24 +878,29 @@ def make_stable_diffusion(cfg, device):
     unet, vae = pipe.unet.float(), pipe.vae.float()  # in fp16 SDXL's VAE would overflow
     vae.enable_slicing()
     encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder")]
-    reference = Denoiser(deepcopy(unet))
-    frozen = nn.ModuleList([reference, vae, *encoders]).requires_grad_(False)
+    base = unet if cfg.lora else deepcopy(unet)
+    frozen = nn.ModuleList([base, vae, *encoders]).requires_grad_(False)
     for encoder in encoders:
         encoder.to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
     if cfg.precision == "bf16":
         # Autocast rounds the weights of Linear and Conv2d at every use, the policy's too. The
         # reference's never change, so round them once: half the memory, the same numbers.
-        for module in reference.modules():
+        for module in base.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(torch.bfloat16)
+    sdxl = unet.config.addition_embed_type == "text_time"
+    facts = {"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
+                      f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
+    if held_out:
+        facts["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}" + (
+            "; WARNING: it is trained on them" if cfg.overlap else "")
+    policy, reference, without = Denoiser(unet), Denoiser(base), nullcontext
+    state, load = unet.state_dict, unet.load_state_dict
+    if cfg.lora:
+        reference, without, state, load = add_lora(policy, cfg)
     if cfg.checkpointing == "on":
         unet.enable_gradient_checkpointing()
-    judged_on = {}
-    if held_out:
-        judged_on["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}" + (
-            "; WARNING: it is trained on them" if cfg.overlap else "")
     d = unet.config.in_channels * (cfg.resolution // pipe.vae_scale_factor) ** 2
-    sdxl = unet.config.addition_embed_type == "text_time"
 
     @torch.no_grad()
     def encode(batch):
@@ -875,9 +915,9 @@ def make_stable_diffusion(cfg, device):
     def draw(side, jobs):
         if not jobs:
             return []
-        pipe.unet = {"reference": reference.unet, "policy": unet}[side]
+        pipe.unet = base if side == "reference" else unet
         gens = [generator("draw", *job) for job in jobs]
-        with autocast(cfg, device):
+        with autocast(cfg, device), without() if side == "reference" else nullcontext():
             return pipe([prompt for prompt, _ in jobs], height=cfg.resolution,
                         width=cfg.resolution, generator=gens).images
 
@@ -887,26 +927,31 @@ def make_stable_diffusion(cfg, device):
                  for prompt in given for side in ("reference", "policy")]
         diffusers.utils.make_image_grid(sheet, len(given), 2).save(path)
 
-    def save(folder, weights):  # as unet.save_pretrained does, but of a copy
+    def save(folder, weights):  # as the libraries do, but of a copy
         from safetensors.torch import save_file
+        if cfg.lora:
+            return type(pipe).save_lora_weights(folder, unet_lora_layers=weights)
         unet.save_config(folder)
         save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
     def report(rows):
-        print(f"\nThe policy is in {cfg.out}/unet. To draw with it:\n"
-              f"    from diffusers import DiffusionPipeline, UNet2DConditionModel\n"
-              f'    unet = UNet2DConditionModel.from_pretrained("{cfg.out}", subfolder="unet")\n'
-              f'    pipe = DiffusionPipeline.from_pretrained("{name}", unet=unet)')
+        lines = [f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+                 f'pipe.load_lora_weights("{cfg.out}/lora")']
+        if not cfg.lora:
+            lines = [f'unet = UNet2DConditionModel.from_pretrained("{cfg.out}", subfolder="unet")',
+                     f'pipe = DiffusionPipeline.from_pretrained("{name}", unet=unet)']
+        print("\nTo draw with the policy:\n"
+              "    from diffusers import DiffusionPipeline, UNet2DConditionModel\n    "
+              + "\n    ".join(lines))
 
     return Task(
-        policy=Denoiser(unet), reference=reference, folder="unet",
+        policy=policy, reference=reference, folder="lora" if cfg.lora else "unet",
+        file=LORA_WEIGHTS if cfg.lora else WEIGHTS,
         alphas_cumprod=schedule.alphas_cumprod.to(device),
         weight=torch.full_like(schedule.alphas_cumprod, 1 / (2 * d), device=device),
         prediction=prediction, pairs=pairs, held_out=held_out, encode=encode, draw=draw,
-        state=unet.state_dict, load=unet.load_state_dict, save=save, sample=sample, report=report,
-        facts={"model": f"{name}: {'SDXL' if sdxl else 'SD1.5'}, {prediction} prediction, "
-               f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
-        | (pairs.facts if pairs else {}) | judged_on)
+        state=state, load=load, save=save, sample=sample, report=report,
+        facts=facts | (pairs.facts if pairs else {}))
 
 
 # ==================================================================================================
@@ -1153,13 +1198,13 @@ def load_policy(task, cfg):
     flag, named = ("--policy", cfg.policy) if cfg.policy else ("--out", cfg.out)
     folders = [Path(named), Path(named, task.folder),
                *sorted(Path(named).glob(f"checkpoint-*/{task.folder}"), reverse=True)]
-    paths = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
+    paths = [folder / task.file for folder in folders if (folder / task.file).is_file()]
     if Path(named).exists() and not paths:
-        raise Refusal(f"{flag} {named}: no policy in it, that is no {task.folder}/{WEIGHTS}")
+        raise Refusal(f"{flag} {named}: no policy in it, that is no {task.folder}/{task.file}")
     try:
         if not paths:
             from huggingface_hub import hf_hub_download
-            paths = [hf_hub_download(named, f"{task.folder}/{WEIGHTS}")]
+            paths = [hf_hub_download(named, f"{task.folder}/{task.file}")]
         task.load(load_file(paths[0]))
     except Exception as error:  # of the hub, of a torn file, of the weights of another model
         raise Refusal(f"{flag} {named}: {first_line(error)}; it should hold weights for --model"
@@ -1214,7 +1259,7 @@ def start_run(task, cfg, start):
     """Says what is about to happen and writes it to config.json. Returns the metrics so far,
     without those of steps that will be done again."""
     out, world = Path(cfg.out), rank_and_world()[1]
-    trained = sum(p.numel() for p in task.policy.parameters())
+    trained = sum(p.numel() for p in task.policy.parameters() if p.requires_grad)
     epochs = cfg.steps * cfg.batch / len(task.pairs)
     paper_lr = 1e-9 if cfg.method == "sft" else 2000 / cfg.beta * 2.048e-8
     facts = task.facts | {
@@ -1376,7 +1421,7 @@ class Checkpoints:
                 state = json.loads((folder / "state.json").read_text())
                 optimizer = torch.load(folder / "optimizer.pt", map_location="cpu",
                                        weights_only=True)
-                self.task.load(load_file(folder / self.task.folder / WEIGHTS))
+                self.task.load(load_file(folder / self.task.folder / self.task.file))
                 self.optimizer.load_state_dict(optimizer)
             except Exception as error:  # torn files raise anything
                 wrong[folder] = first_line(error)
@@ -1500,6 +1545,8 @@ FLAGS = {
                       " memory (paper 5.1)"),
         "precision": (("bf16", "fp32"), ("fp32", None, None), "of the forward pass; the trained"
                       " weights are fp32 (ours: bf16 on a GPU)"),
+        "lora": (SIZE, (NO, 0, 0), "rank of a LoRA on the attention; the reference is then the"
+                 " same UNet without it; 0: train all weights (paper)"),
         "checkpointing": (("on", "off"), (NO, "off", "on"), "recompute activations: less memory,"
                           " more time (released launchers)")},
     "judging a policy, during or instead of training": {
@@ -1655,6 +1702,9 @@ def read_config(out, advice):
 def check_out(cfg):
     """Raises Refusal unless --out is new, empty, or a run of this very configuration."""
     out = Path(cfg.out)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise Refusal(f"--out {out}: {there} is no folder that can be written to")
     if not out.exists() or (out.is_dir() and all(p.suffix == ".partial" for p in out.iterdir())):
         return
     there = read_config(out, "name a new folder")

@@ -437,10 +437,10 @@ def test_where_keeps_the_pairs_asked_for(tmp_path):
 
 
 def test_splits_can_be_cut(tmp_path):
-    """--split train[:2] is the first two rows, also of a single file."""
+    """--split train[:2] is the first two rows, also of a single file, whose only split is train."""
     path = parquet(tmp_path / "pairs.parquet", [pick(caption=str(i)) for i in range(5)])
     assert dpo.load_pairs(path, "train[:2]")[0]["caption"][:] == ["0", "1"]
-    assert dpo.load_pairs(path, "test[-1:]")[0]["caption"][:] == ["4"]
+    assert dpo.load_pairs(path, "train[-1:]")[0]["caption"][:] == ["4"]
 
 
 def test_preferred_comes_first(tmp_path):
@@ -717,6 +717,73 @@ def test_sft_is_the_denoising_loss_of_diffusers(tiny, tmp_path):
     expected = {k: p.grad for k, p in pipe.unet.named_parameters()}
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     assert same(steps[0], {k: g / max(1, norm) for k, g in expected.items()}, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora(tiny, tmp_path, kind, precision):
+    """--lora: policy = reference to the last bit before training, the reference stays what it was
+    while only the adapters move, in fp32; a run that was stopped ends with the same adapters; and
+    pipe.load_lora_weights draws what the policy draws."""
+    argv = ["--lora", "4", "--precision", precision, "--lr", "0.03", "--checkpointing", "on",
+            "--save-every", "2"]
+    cfg = sd_config(tiny, kind, *argv, "--out", str(tmp_path / "one"))
+    task = sd_task(cfg)
+    batch = task.pairs[[(0, 0), (0, 1)]]
+    x_w, x_l, cond = task.encode(batch)
+    t, eps = dpo.draw_noise(0, batch["keys"], 1, 1000, x_w.shape[1:])
+
+    def errors():
+        with torch.no_grad(), dpo.autocast(cfg, torch.device("cpu")):
+            return dpo.pair_errors(task, x_w, x_l, t, eps, cond)
+
+    before = errors()
+    assert torch.equal(before[0], before[2]) and torch.equal(before[1], before[3])
+    trained = [p for p in task.policy.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert sum(p.numel() for p in trained) < 0.1 * sum(p.numel() for p in task.policy.parameters())
+    plain = dpo.make_stable_diffusion(sd_config(tiny, kind, "--precision", precision),
+                                      torch.device("cpu"))
+    with torch.no_grad(), dpo.autocast(cfg, torch.device("cpu")):
+        assert torch.equal(dpo.pair_errors(plain, x_w, x_l, t, eps, cond)[2], before[2])
+
+    rows = dpo.train(task, cfg)
+    after = errors()
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert torch.equal(after[2], before[2]) and not torch.equal(after[0], before[0])
+    if precision == "bf16":
+        return
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for path in ("lora", "checkpoint-00000004"):
+        shutil.rmtree(tmp_path / "two" / path)
+    cfg.out = str(tmp_path / "two")
+    assert len(dpo.train(sd_task(cfg), cfg)) == 4  # two of them read, two of them run
+    one, two = (load_file(tmp_path / run / "lora" / dpo.LORA_WEIGHTS) for run in ("one", "two"))
+    assert same(one, two) and all(name.startswith("unet.") for name in one)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}", safety_checker=None)
+    given = {"height": 64, "width": 64}
+    drawn = []
+    for _ in range(2):
+        drawn.append(pipe("a cat", generator=dpo.generator("draw", "a cat", 0), **given).images[0])
+        pipe.load_lora_weights(tmp_path / "one" / "lora")
+    ours = [task.draw(side, [("a cat", 0)])[0] for side in ("reference", "policy")]
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in ours]
+    assert ours[0].tobytes() != ours[1].tobytes()
+
+
+def test_a_failed_picture_leaves_the_adapters_on(tiny, monkeypatch):
+    """An exception while the reference draws does not turn the policy into the reference."""
+    task = sd_task(sd_config(tiny, "sd15", "--lora", "2"))
+    for p in task.policy.parameters():
+        if p.requires_grad:
+            p.data.fill_(0.1)
+    x, t, prompt = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 77, 32)
+    before = task.policy(x, t, prompt)
+    assert not torch.equal(before, task.reference(x, t, prompt=prompt))
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.draw("reference", [("a cat", 0)])
+    assert torch.equal(task.policy(x, t, prompt), before)
 
 
 def test_adafactor_is_the_released_one():
@@ -1595,11 +1662,17 @@ def wrong_inputs():
         ("--model sd15 --pairs 3", "--pairs means nothing"),
         ("--toy --batch 30 --micro-batch 4", "32 is"),
         ("--model nowhere/nothing", "--model nowhere/nothing"), ("--model {tmp}", "--model"),
-        ("--toy --out {tmp}/file.txt", "--out"), ("--toy --out {tmp}", "holds no run"),
+        ("--toy --out {tmp}/file.txt", "file.txt is no folder"),
+        ("--toy --out {tmp}/file.txt/run", "file.txt is no folder"),
+        ("--toy --out /proc/run", "/proc/run"), ("--toy --out {tmp}", "holds no run"),
+        ("--toy --lora 4", "--lora means nothing"), ("--model sd15 --lora -1", "--lora"),
+        ("--toy --timeout 0", "--timeout"), ("--toy --method ppo", "--method"),
         (sd + "{tmp}/absent.parquet", "no such file"), (sd + "{tmp}/file.txt", "--data"),
         (sd + "{tmp}/empty", "--data"), (sd + "{tmp}/ties.parquet", "ties"),
         (sd + "{tmp}/columns.parquet", "columns a, b"),
-        (sd + "{tmp}/label.parquet", "label_0 holds"),
+        (sd + "{tmp}/label.parquet", "label_0 holds"), (sd + "{tmp}/nan.parquet", "holds nan"),
+        (sd + "{tiny}/pairs.parquet --split test", 'split "test"'),
+        (sd + "{tiny}/pairs.parquet --split train[", "train["),
         (sd + "{tmp}/numbers.parquet", "does not hold images"),
         (sd + "{tmp}/none.parquet", "no data"),
         ("--toy --label-with clip", "only scorer is proxy"),
@@ -1637,6 +1710,7 @@ def wrong(tmp_path_factory):
     parquet(folder / "ties.parquet", [pick(0.5)])
     parquet(folder / "columns.parquet", [{"a": 1, "b": 2}])
     parquet(folder / "label.parquet", [pick(1.0), pick(7.0)])
+    parquet(folder / "nan.parquet", [pick(1.0), pick(math.nan)])
     parquet(folder / "numbers.parquet", [{"caption": "", "jpg_0": 1, "jpg_1": 2, "label_0": 1.0}])
     datasets.Dataset.from_list([pick()]).select([]).to_parquet(str(folder / "none.parquet"))
     return folder
