@@ -2,6 +2,7 @@
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
     torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings
+    python diffusion_dpo.py --model sdxl --evaluate               # what has it learned?
 
 The data: a prompt c, an image x_w that a person preferred and one x_l that was rejected.
 Diffusion-DPO (Wallace et al., CVPR 2024, arXiv:2311.12908, Eq. 14) fine-tunes the policy p_theta
@@ -848,11 +849,16 @@ def add_lora(policy, cfg):
         with without():
             return policy(x_t, t, **cond)
 
+    def state():
+        return peft.get_peft_model_state_dict(unet)
+
     def load(weights):
         weights = {name.removeprefix("unet."): value for name, value in weights.items()}
+        if weights.keys() != state().keys():  # peft would leave out what it does not know
+            raise ValueError("not the adapters of this UNet")
         peft.set_peft_model_state_dict(unet, weights)
 
-    return reference, without, functools.partial(peft.get_peft_model_state_dict, unet), load
+    return reference, without, state, load
 
 
 def make_stable_diffusion(cfg, device):
@@ -967,7 +973,8 @@ def evaluate(task, cfg):
     they are for fifths of t, the least noise first.
 
     The errors of a pair are means over cfg.eval_draws draws of (t, eps). These depend on the pair
-    alone, so all policies meet the same noise. Unreadable pairs are left out, and counted.
+    alone, so all policies meet the same noise; the paper's are independent, ours, see draw_noise,
+    vary less. Unreadable pairs are left out, and counted.
     """
     from tqdm import tqdm
     rank, world = rank_and_world()
@@ -1076,11 +1083,10 @@ def relabel(table, columns, labels, cfg, device):
     from tqdm import tqdm
     rank, world = rank_and_world()
     score, (caption, *sides) = load_scorer(cfg.label_with, device), columns
+    root, differences, stamp = Path(cfg.data), [], None
     files = [Path(part) for part in cfg.label_with.split("+")]
     files += [path for folder in files for path in sorted(folder.glob("*"))]
     scorer = [(str(path), path.stat().st_mtime_ns) for path in files if path.exists()]
-
-    root = Path(cfg.data)
 
     def compared(row):
         try:
@@ -1090,7 +1096,6 @@ def relabel(table, columns, labels, cfg, device):
         first, second = score(images, [row[caption] or ""] * 2)[0].tolist()
         return {"difference": first - second}
 
-    differences, stamp = [], None
     datasets.disable_progress_bars()
     for turn in tqdm(range(0, len(table), CHUNK * world), desc="scores",
                      unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
@@ -1431,7 +1436,8 @@ class Checkpoints:
                 torn.rename(torn.with_name(f".{torn.name}.partial"))
             return state["step"], state["unreadable"]
         if wrong:
-            raise Refusal(f"--out {self.out}: no checkpoint can be read ({first_line(wrong)})")
+            why = "; ".join(f"{folder.name}: {error}" for folder, error in wrong.items())
+            raise Refusal(f"--out {self.out}: no checkpoint can be read ({why})")
         return 0, {}
 
 
@@ -1602,10 +1608,13 @@ def parse(argv=None):
         for flag, (kind, default, meaning) in flags.items():
             each = default if isinstance(default, tuple) else (default,) * 3
             defaults[flag.replace("-", "_")] = each
-            known = {p: d for p, d in zip(PRESETS, each, strict=True) if d is not NO}
-            shown = ", ".join(f"{p} {d}" for p, d in known.items() if d is not None)
-            if shown and len(set(each)) == 1:  # the same for all
-                shown = next(iter(known.values()))
+            known = {}  # default: presets
+            for preset, value in zip(PRESETS, each, strict=True):
+                if value is not NO and value is not None:
+                    known.setdefault(value, []).append(preset)
+            shown = ", ".join(f"{'/'.join(presets)} {value}" for value, presets in known.items())
+            if len(set(each)) == 1:  # the same for all
+                shown = "".join(map(str, known))
             options = {"type": kind, "metavar": "X"}
             if isinstance(kind, tuple):
                 options = {"choices": kind}
@@ -1679,11 +1688,11 @@ def settle(cfg, given):
         trained = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
         if trained["model"] != cfg.model:
             raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {trained['model']}")
-        names = {"beta", "gamma", "resolution"}  # judge it as it was trained, on its data
+        names = {"beta", "gamma", "resolution", "lora"}  # judge it as it was trained, on its data
         if "data" not in given:
             names |= {"data", "where", "split", "eval_split"}
         for name in names - set(given):
-            setattr(cfg, name, trained[name])
+            setattr(cfg, name, trained.get(name, getattr(cfg, name)))
     if cfg.evaluate and not toy:
         cfg.eval_split = given.get("eval_split", given.get("split", cfg.eval_split or cfg.split))
     cfg.overlap = bool(cfg.eval_split) and trained["data"] == cfg.data and (

@@ -771,6 +771,22 @@ def test_lora(tiny, tmp_path, kind, precision):
     assert ours[0].tobytes() != ours[1].tobytes()
 
 
+def test_lora_is_judged_as_lora(tiny, tmp_path, capsys):
+    """--evaluate of a LoRA run needs no --lora; the adapters of another model are refused."""
+    argv = ["--model", str(tiny / "tiny-sd15"), "--data", str(tiny / "pairs.parquet"),
+            "--resolution", "64", "--workers", "0", "--out", str(tmp_path / "run")]
+    dpo.main([*argv, "--lora", "2", "--batch", "4", "--steps", "2", "--lr", "0.1"])
+    dpo.main([*argv, "--evaluate"])
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert results["policy"].endswith(f"lora/{dpo.LORA_WEIGHTS}") and results["rise_l"] != 0
+    other = tmp_path / "other" / dpo.LORA_WEIGHTS
+    other.parent.mkdir()
+    save_file({"unet.of.another.lora_A.weight": torch.ones(2, 3)}, other)
+    with pytest.raises(SystemExit):
+        dpo.main([*argv, "--evaluate", "--policy", str(other.parent)])
+    assert "not the adapters of this UNet" in capsys.readouterr().err
+
+
 def test_a_failed_picture_leaves_the_adapters_on(tiny, monkeypatch):
     """An exception while the reference draws does not turn the policy into the reference."""
     task = sd_task(sd_config(tiny, "sd15", "--lora", "2"))
@@ -1038,6 +1054,18 @@ def test_a_hang_ends_the_run(tmp_path):
         time.sleep(0.1)
     os.kill(still, signal.SIGKILL)
     assert process.wait(60) != 0
+
+
+def test_no_whole_checkpoint_is_no_new_run(tmp_path):
+    """If none of the checkpoints can be read, the run is refused, and they stay where they are."""
+    out = tmp_path / "run"
+    train(*TOY, "--out", out)
+    shutil.rmtree(out / "policy")
+    for folder in out.glob("checkpoint-*"):
+        (folder / "optimizer.pt").write_bytes(b"torn")
+    with pytest.raises(dpo.Refusal, match="no checkpoint can be read .checkpoint-00000008: .*0006"):
+        train(*TOY, "--out", out)
+    assert len([*out.glob("checkpoint-*")]) == 2
 
 
 def test_non_finite_loss_stops_before_the_weights(tmp_path):
