@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import datasets
 import diffusers
 import make_tiny
+import memory
 import pytest
 import torch
 import transformers
@@ -771,6 +772,13 @@ def test_lora(tiny, tmp_path, kind, precision):
     assert ours[0].tobytes() != ours[1].tobytes()
 
 
+def test_adapters_start_by_the_seed(tiny):
+    """The same seed, the same adapters, on every process and after a restart."""
+    one, two, three = (sd_task(sd_config(tiny, "sd15", "--lora", "2", "--seed", seed)).state()
+                       for seed in "557")
+    assert same(one, two) and not same(one, three)
+
+
 def test_lora_is_judged_as_lora(tiny, tmp_path, capsys):
     """--evaluate of a LoRA run needs no --lora; the adapters of another model are refused."""
     argv = ["--model", str(tiny / "tiny-sd15"), "--data", str(tiny / "pairs.parquet"),
@@ -785,6 +793,18 @@ def test_lora_is_judged_as_lora(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         dpo.main([*argv, "--evaluate", "--policy", str(other.parent)])
     assert "not the adapters of this UNet" in capsys.readouterr().err
+
+
+def test_memory_of_the_published_models():
+    """toy/memory.py counts the parameters of the published UNets (859,520,964 for SD1.5), and that
+    checkpointing and LoRA save what they should."""
+    full = memory.account("sd15", 0, "adamw", 1, False)
+    less = memory.account("sd15", 0, "adamw", 1, True)
+    lora = memory.account("sd15", 4, "adamw", 1, True)
+    assert full["policy"] == full["gradients"] == full["optimizer"] / 2 == 4 * 859_520_964
+    assert full["activations"] > 4 * less["activations"] > 0
+    assert lora["policy"] == lora["gradients"] < full["policy"] / 500
+    assert 2 * 859_520_964 < lora["reference"] == full["reference"] < 2.01 * 859_520_964
 
 
 def test_a_failed_picture_leaves_the_adapters_on(tiny, monkeypatch):
