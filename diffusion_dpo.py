@@ -523,6 +523,8 @@ def train(task, cfg):
             numbers = evaluate(task, cfg)
             if rank == 0:
                 log({"step": step} | {f"held_out_{name}": numbers[name] for name in numbers})
+                share = numbers.get("accuracy", math.nan)  # none, if no pair could be read
+                bar.write(f"step {step:<6} held-out accuracy {share:.4f}")
 
     for step in range(start, cfg.steps):
         look(step)
@@ -854,8 +856,9 @@ def add_lora(policy, cfg):
 
     def load(weights):
         weights = {name.removeprefix("unet."): value for name, value in weights.items()}
-        if weights.keys() != state().keys():  # peft would leave out what it does not know
-            raise ValueError("not the adapters of this UNet")
+        shapes = [{name: each.shape for name, each in of.items()} for of in (weights, state())]
+        if shapes[0] != shapes[1]:  # peft would leave out what it does not know
+            raise ValueError(f"not adapters of rank {cfg.lora} for this UNet")
         peft.set_peft_model_state_dict(unet, weights)
 
     return reference, without, state, load
@@ -899,7 +902,7 @@ def make_stable_diffusion(cfg, device):
                       f"{sum(p.numel() for p in frozen.parameters()):,} frozen parameters"}
     if held_out:
         facts["judged on"] = f"{len(held_out):,} pairs of split {cfg.eval_split}" + (
-            "; WARNING: it is trained on them" if cfg.overlap else "")
+            "; WARNING: it may be trained on them" if cfg.overlap else "")
     policy, reference, without = Denoiser(unet), Denoiser(base), nullcontext
     state, load = unet.state_dict, unet.load_state_dict
     if cfg.lora:
@@ -1099,22 +1102,24 @@ def relabel(table, columns, labels, cfg, device):
     datasets.disable_progress_bars()
     for turn in tqdm(range(0, len(table), CHUNK * world), desc="scores",
                      unit=f" x {CHUNK * world} pairs", ncols=99, disable=rank > 0):
-        rows = range(len(table))[turn + CHUNK * rank:][:CHUNK]
-        chunk = table.select(rows).select_columns(columns)
-        if (root / "pairs.jsonl").is_file():  # images that may change beside the table
-            images = [root / row[side]["path"] for row in chunk for side in sides]
-            stamp = [image.stat().st_mtime_ns for image in images if image.exists()]
-        mark = Hasher.hash([chunk._fingerprint, cfg.label_with, scorer, stamp])
-        scored = chunk.map(compared, remove_columns=columns, new_fingerprint=mark)
-        differences += sum(gather(scored["difference"][:] if rows else []), [])
+        rows, found = range(len(table))[turn + CHUNK * rank:][:CHUNK], []
+        if rows:
+            chunk = table.select(rows).select_columns(columns)
+            if (root / "pairs.jsonl").is_file():  # images that may change beside the table
+                images = [root / row[side]["path"] for row in chunk for side in sides]
+                stamp = [image.stat().st_mtime_ns for image in images if image.exists()]
+            mark = Hasher.hash([chunk._fingerprint, cfg.label_with, scorer, stamp])
+            scored = chunk.map(compared, remove_columns=columns, new_fingerprint=mark)
+            found = scored["difference"][:]
+        differences += sum(gather(found), [])
     bad = sum(map(math.isnan, differences))
     if bad > max(1, len(table) / 100):
         raise Refusal(f"--data {cfg.data}: of {len(table)} pairs, {bad} cannot be read, more than"
                       " 1 %")
     made = [float(by > 0) if abs(by) > cfg.label_margin else None for by in differences]
     agree = [a == b for a, b in zip(made, labels, strict=True) if {a, b} <= {0, 1}]
-    return made, (f"by {cfg.label_with}; {sum(agree):,} of {len(agree):,} as in the data,"
-                  f" {bad} unreadable")
+    return made, (f"by {cfg.label_with}; as in the data for {sum(agree):,} of its {len(agree):,}"
+                  f" decided pairs; {bad} unreadable")
 
 
 def head_to_head(names, scores, embeds):
@@ -1226,21 +1231,18 @@ def judge(task, cfg):
     if rank == 0:
         print_facts(kept | {"policy": path})
 
-    def text(value):
-        if isinstance(value, dict):
-            return ", ".join(f"{name} {text(number)}" for name, number in value.items())
-        if isinstance(value, list):
-            return " ".join(map(text, value))
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
     def report(name, numbers, flags):
-        if rank == 0:
-            settings = {flag: getattr(cfg, flag) for flag in flags.split()}
-            file = Path(cfg.out) / f"{name}.json"
-            write_json(file, numbers | settings | {"policy": path})
-            print(f"\n{name}: {file}")
-            for what, value in numbers.items():
-                print(f"    {what:25} {text(value)}")
+        if rank > 0:
+            return
+        settings = {flag: getattr(cfg, flag) for flag in flags.split()}
+        file = Path(cfg.out) / f"{name}.json"
+        write_json(file, numbers | settings | {"policy": path})
+        print(f"\n{name}: {file}")
+        for what, value in numbers.items():
+            for which, number in (value if isinstance(value, dict) else {"": value}).items():
+                each = number if isinstance(number, list) else [number]
+                print(f"    {f'{what} {which}':40}", *(
+                    f"{x:.4g}" if isinstance(x, float) else x for x in each))
 
     if cfg.evaluate:
         flags = "model data where eval_split eval_draws resolution precision beta gamma"
@@ -1695,9 +1697,19 @@ def settle(cfg, given):
             setattr(cfg, name, trained.get(name, getattr(cfg, name)))
     if cfg.evaluate and not toy:
         cfg.eval_split = given.get("eval_split", given.get("split", cfg.eval_split or cfg.split))
-    cfg.overlap = bool(cfg.eval_split) and trained["data"] == cfg.data and (
-        trained["split"] in (cfg.eval_split, cfg.eval_split.partition("[")[0])
-        or cfg.eval_split == trained["split"].partition("[")[0])
+    if cfg.compare and not cfg.evaluate:
+        cfg.eval_split = None
+    cfg.overlap = bool(cfg.eval_split) and trained["data"] == cfg.data and not disjoint(
+        trained["split"], cfg.eval_split)
+
+
+def disjoint(split, other):
+    """Whether two splits share no pairs, as far as can be told: train and test, train[:9] and
+    train[9:]."""
+    (name, _, cut), (other_name, _, other_cut) = split.partition("["), other.partition("[")
+    places = {each.strip(":]") for each in (cut, other_cut)} - {""}
+    return name != other_name or any(
+        {cut, other_cut} == {f":{place}]", f"{place}:]"} for place in places)
 
 
 def read_config(out, advice):

@@ -792,7 +792,10 @@ def test_lora_is_judged_as_lora(tiny, tmp_path, capsys):
     save_file({"unet.of.another.lora_A.weight": torch.ones(2, 3)}, other)
     with pytest.raises(SystemExit):
         dpo.main([*argv, "--evaluate", "--policy", str(other.parent)])
-    assert "not the adapters of this UNet" in capsys.readouterr().err
+    assert "not adapters of rank 2 for this UNet" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        dpo.main([*argv, "--evaluate", "--lora", "3"])
+    assert "not adapters of rank 3" in capsys.readouterr().err
 
 
 def test_memory_of_the_published_models():
@@ -1349,7 +1352,7 @@ def test_evaluate_by_torchrun(straight, tmp_path):
     assert results[0] == results[1] and results[0]["pairs"] == 5000
     for name in ("accuracy", "margin", "rise_w", "kendall_tau", "accuracy_by_timestep"):
         assert rows[-1][f"held_out_{name}"] == pytest.approx(results[0][name], rel=1e-4)
-    assert f"accuracy                  {results[0]['accuracy']:.4g}" in printed
+    assert f"accuracy {'':32}{results[0]['accuracy']:.4g}" in printed
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -1430,7 +1433,7 @@ def test_relabelling(tmp_path, monkeypatch, processes):
     assert sorted(calls) == ["0", "1", "2", "3", "5", "6"]
     assert result.prompts == ["0", "1", "2", "5", "6"] and result.labels == [1, 1, 0, 0, 0]
     assert colours(result[[(dpo.HELD_OUT, row) for row in range(4)]]) == ["red"] * 4 + ["blue"] * 4
-    assert "by red; 2 of 4 as in the data, 1 unreadable" in result.facts["labels"]
+    assert "by red; as in the data for 2 of its 4 decided pairs; 1 un" in result.facts["labels"]
     if processes == 1:
         assert pairs(**{"label-margin": 200}).prompts == ["0", "1", "2", "5"]
         assert len(calls) == 6
@@ -1510,7 +1513,8 @@ def test_compare(contest, tmp_path, monkeypatch, capsys):
     first = compared()
     assert sum(drawn) == 12 and set(first) >= {name, "diversity"}
     assert Image.open(out / "comparison.png").size == (4 * 64, 3 * 64)
-    assert f"win_rate {first[name]['win_rate']:.4g}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{name} win_rate" in output and f" {first[name]['win_rate']:.4g}\n" in output
     folders = {path.name.split("-")[0]: path for path in (out / "comparison").iterdir()}
     images = {side: sorted(folder.iterdir()) for side, folder in folders.items()}
     assert [path.name for path in images["policy"]] == [path.name for path in images["reference"]]
@@ -1551,6 +1555,30 @@ def test_compare_by_torchrun(contest, tmp_path):
     assert results[0] == results[1]
 
 
+def test_relabelling_with_a_process_too_many(tmp_path, monkeypatch):
+    """A process for which no pairs are left in the last round waits for the others."""
+    monkeypatch.setattr(dpo, "CHUNK", 2)
+    monkeypatch.setattr(dpo, "load_scorer", redness([]))
+    monkeypatch.setattr(dpo, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(dpo, "gather", lambda value: [[9.0] * 2, value])
+    table, columns, labels = dpo.load_pairs(
+        parquet(tmp_path / "pairs.parquet", [pick(1.0, "blue", "red")] * 6), "train")
+    cfg = dpo.parse(["--model", "sd15", "--data", str(tmp_path), "--label-with", "red"])
+    made, _ = dpo.relabel(table, columns, labels, cfg, torch.device("cpu"))
+    assert made == [1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("split, other, expected", [
+    ("train", "test", True), ("train[:-9]", "train[-9:]", True),
+    ("train[50%:]", "train[:50%]", True), ("train", "train", False),
+    ("train", "train[-9:]", False), ("train[-9:]", "train", False),
+    ("train[:-9]", "train[:4]", False), ("train[:-9]", "train[:-9]", False),
+    ("train[:]", "train[:]", False)])
+def test_splits_that_share_pairs(split, other, expected):
+    """What is trained on and judged: a warning unless the splits are known to be disjoint."""
+    assert dpo.disjoint(split, other) is expected is dpo.disjoint(other, split)
+
+
 def test_relabelling_notices_changed_files(tmp_path, monkeypatch):
     """Images beside pairs.jsonl that have changed are scored again; and where more than 1 % (and
     more than one) cannot be read, the run is refused."""
@@ -1583,7 +1611,7 @@ def test_relabelled_run_trains_by_the_scorer(tiny, tmp_path, capsys):
             "--resolution", "64", "--workers", "0", "--label-with", str(scorer)]
     task = sd_task(dpo.parse([*argv, "--eval-split", "train"]))
     assert task.facts["labels"].startswith(f"by {scorer}; ")
-    assert "of 56 as in the data" in task.facts["labels"]
+    assert "of its 56 decided pairs" in task.facts["labels"]
     assert len(task.pairs) == 64 and len(task.held_out) == 56
     score = dpo.load_scorer(str(scorer), torch.device("cpu"))
     table, columns, _ = dpo.load_pairs(str(tiny / "pairs.parquet"), "train")
@@ -1671,7 +1699,7 @@ def test_evaluate_images(tiny, tmp_path, capsys):
 
     one, two = evaluation("--split", "train"), evaluation("--data", broken)
     output = capsys.readouterr().out
-    assert output.count("it is trained on them") == 1
+    assert output.count("it may be trained on them") == 1
     assert one["beta"] == 300 and 0 < abs(one["margin"])
     assert (two["pairs"], two["unreadable"]) == (5, 1)
     for name in ("accuracy", "margin", "rise_w", "rise_l"):
