@@ -1685,8 +1685,8 @@ def settle(cfg, given):
     if cfg.out is None:
         words = [f"{name}={value}" for name, value in given.items() if name not in FREE]
         cfg.out = "runs/" + re.sub(r"[^\w.=+-]+", "_", "-".join([Path(cfg.model).name, *words]))
-    trained = vars(cfg)  # how the policy was, or will be
-    if cfg.judging and not (cfg.policy and not Path(cfg.out, "config.json").exists()):
+    trained = None if cfg.judging else vars(cfg)  # how the policy was, or will be, if we know
+    if cfg.judging and (not cfg.policy or Path(cfg.out, "config.json").exists()):
         trained = read_config(Path(cfg.out), "train one there, or name a folder with --policy")
         if trained["model"] != cfg.model:
             raise Refusal(f"--model {cfg.model}: {cfg.out} was trained from {trained['model']}")
@@ -1699,8 +1699,8 @@ def settle(cfg, given):
         cfg.eval_split = given.get("eval_split", given.get("split", cfg.eval_split or cfg.split))
     if cfg.compare and not cfg.evaluate:
         cfg.eval_split = None
-    cfg.overlap = bool(cfg.eval_split) and trained["data"] == cfg.data and not disjoint(
-        trained["split"], cfg.eval_split)
+    cfg.overlap = bool(trained and cfg.eval_split) and (
+        trained["data"] == cfg.data and not disjoint(trained["split"], cfg.eval_split))
 
 
 def disjoint(split, other):
@@ -1715,17 +1715,18 @@ def disjoint(split, other):
 def read_config(out, advice):
     """The configuration of the run in `out`. Raises Refusal."""
     try:
-        return json.loads((out / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+        config = json.loads((out / "config.json").read_text())["config"]
+        return {name: config[name] for name in ("model", "data", "split")} | config
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f"--out {out}: holds no run; {advice}") from error
 
 
 def check_out(cfg):
     """Raises Refusal unless --out is new, empty, or a run of this very configuration."""
     out = Path(cfg.out)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise Refusal(f"--out {out}: {there} is no folder that can be written to")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise Refusal(f"--out {out}: {nearest} is no folder that can be written to")
     if not out.exists() or (out.is_dir() and all(p.suffix == ".partial" for p in out.iterdir())):
         return
     there = read_config(out, "name a new folder")

@@ -1719,6 +1719,7 @@ def test_evaluate_images(tiny, tmp_path, capsys):
     dpo.main([*argv, "--evaluate", "--data", sound, "--policy", str(tmp_path / "run")])
     new = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert new["beta"] == 2000 and new["accuracy"] == one["accuracy"]
+    assert "WARNING" not in capsys.readouterr().out  # what it was trained on is not known
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -1756,6 +1757,8 @@ def wrong_inputs():
         (sd + "{tiny}/pairs.parquet --label-with {tmp}/half", "not a CLIPModel"),
         (sd + "{tiny}/pairs.parquet --label-with {tiny}/tiny-clip+{tmp}/file.txt", "file.txt: "),
         ("--toy --evaluate --out {tmp}/empty", "holds no run; train one"),
+        ("--toy --evaluate --out {tmp}/strange", "holds no run"),
+        ("--toy --out {tmp}/strange", "holds no run; name a new folder"),
         ("--toy --policy {tmp}", "add --evaluate"), ("--toy --compare", "--compare means nothing"),
         ("--model {tiny}/tiny-sd15 --compare --policy {tiny}/tiny-sd15", "needs --prompts"),
         ("--toy --evaluate --policy {tmp}/empty --out {tmp}/empty", "no policy in it"),
@@ -1781,6 +1784,8 @@ def wrong(tmp_path_factory):
     found = load_file(folder / "half" / "model.safetensors")
     save_file({name: value for name, value in found.items() if "visual_proj" not in name},
               folder / "half" / "model.safetensors", {"format": "pt"})
+    (folder / "strange").mkdir()
+    (folder / "strange" / "config.json").write_text('{"config": {"model": "toy"}}')
     (folder / "torn").mkdir()
     (folder / "torn" / dpo.WEIGHTS).write_bytes(b"torn")
     parquet(folder / "ties.parquet", [pick(0.5)])
