@@ -1,6 +1,6 @@
 """Proof that diffusion_dpo.py computes what it says. Each test's docstring is one claim.
 
-    pytest                  # about three minutes on two cores, no network, no GPU
+    pytest                  # about four minutes on two cores, no network, no GPU
     pytest -m slow          # runs killed again and again, two minutes more
 
 The yardsticks are independent of the script: closed forms, a literal transcription of the equation,
