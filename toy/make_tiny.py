@@ -13,7 +13,6 @@ import io
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import diffusers
@@ -23,8 +22,57 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import diffusion_dpo as dpo
+# The published configurations, where they differ from the libraries' defaults.
+FULL_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+       "down_block_types": ("DownEncoderBlock2D",) * 4,
+       "up_block_types": ("UpDecoderBlock2D",) * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+          "num_hidden_layers": 12, "hidden_act": "quick_gelu", "projection_dim": 768}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
+          "num_hidden_layers": 32, "hidden_act": "gelu", "projection_dim": 1280}
+PUBLISHED = {
+    "sd15": {"unet": {"sample_size": 64, "cross_attention_dim": 768},
+             "vae": FULL_VAE | {"sample_size": 512, "scaling_factor": 0.18215}, "encoders": [CLIP_L]},
+    "sdxl": {"unet": {
+                 "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+                 "block_out_channels": (320, 640, 1280), "use_linear_projection": True,
+                 "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+                 "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+                 "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
+                 "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
+             "vae": FULL_VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+             "encoders": [CLIP_L, CLIP_G]}}
+
+
+def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
+    """A pipeline with random weights, from the configurations of its parts: of SD1.5's build if
+    there is one text encoder, of SDXL's if there are two. Its tokenizers know letters, no words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [f"{letter}</w>" for letter in letters]
+    bos, eos = len(tokens), len(tokens) + 1
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    kinds = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+    parts, schedule = {}, {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+                           "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    with torch.device(device):
+        for number, sizes in enumerate(encoders):
+            name = "_2" if number else ""
+            parts[f"text_encoder{name}"] = kinds[number](transformers.CLIPTextConfig(
+                **sizes, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)).eval()
+            parts[f"tokenizer{name}"] = transformers.CLIPTokenizer(
+                {token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77,
+                pad_token="!" if number else tokens[eos])
+        parts["unet"] = diffusers.UNet2DConditionModel(**unet)
+        parts["vae"] = diffusers.AutoencoderKL(**vae).eval()
+    if len(encoders) == 1:
+        return diffusers.StableDiffusionPipeline(
+            **parts, scheduler=diffusers.PNDMScheduler(
+                **schedule, skip_prk_steps=True, set_alpha_to_one=False),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    scheduler = diffusers.EulerDiscreteScheduler(**schedule, timestep_spacing="leading")
+    return diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
+
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200),
            "yellow": (245, 215, 60)}
@@ -62,7 +110,7 @@ def make_model(folder, kind, prediction_type="epsilon"):
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU: seed only that
         torch.default_generator.manual_seed(0)
-        pipeline = dpo.assemble(**TINY[kind], prediction_type=prediction_type)
+        pipeline = assemble(**TINY[kind], prediction_type=prediction_type)
     beside = folder.with_name(folder.name + ".new")
     pipeline.save_pretrained(beside)
     if (folder / "model_index.json").exists():  # any other folder with files in it stays: OSError
@@ -73,7 +121,7 @@ def make_model(folder, kind, prediction_type="epsilon"):
 def make_scorer(folder):
     """Write a random CLIPModel and its processor to `folder`, as CLIP's lie on the hub."""
     folder = Path(folder)
-    clip = dpo.assemble(**TINY["sd15"])
+    clip = assemble(**TINY["sd15"])
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         image_size=32, patch_size=8)
