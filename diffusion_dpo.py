@@ -844,7 +844,7 @@ def report_evaluation(problem, cfg):
     print(f"policy      {folder}")
     for name, value in numbers.items():
         print(f"    {name:26}{value}")
-    write_json(Path(cfg.out, "evaluation.json"), numbers | {"policy": str(folder)} | vars(cfg))
+    write_json(Path(cfg.out, "evaluation.json"), vars(cfg) | numbers | {"policy": str(folder)})
 
 
 # ------------------------------------------------------------- 8. Processes, batches, checkpoints
