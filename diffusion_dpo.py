@@ -767,6 +767,7 @@ def cache_latents(pairs, problem):
     mark = Hasher.hash([pairs.table._fingerprint, pairs.labels, changed, cfg.model, cfg.resolution,
                         cfg.precision])
     folder = gather(Path(cfg.cache) / mark)[0]  # another machine may see other times of change
+    folder.mkdir(parents=True, exist_ok=True)
     # For bf16 runs fp16, which is as short and three bits closer to what encoding would give.
     dtype = torch.float16 if cfg.precision == "bf16" else torch.float32
     for turn in tqdm(range(0, len(pairs), CHUNK * world), "cache", ncols=99, disable=rank > 0):
@@ -974,6 +975,7 @@ class Log:
     def __init__(self, problem, cfg, start):
         rank, world = rank_and_world()
         self.cfg, self.file, self.rows = cfg, Path(cfg.out, "metrics.jsonl"), []
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.began, total = time.perf_counter(), cfg.steps * cfg.batch
         self.bar = tqdm(initial=start * cfg.batch, total=total, unit=" pairs", unit_scale=True,
                         ncols=99, mininterval=0.5, disable=rank > 0)
@@ -1030,12 +1032,12 @@ class Noised:
         return {"unreadable": ""} | self.pairs[key] | noise
 
 
-def draw_picture(problem, path, rows):
+def draw_picture(problem, path, rows, *measured):
     """Draws policy and reference by toy/figure.py, or says why not: it is not worth a run."""
     try:
         from toy import figure
         path.parent.mkdir(exist_ok=True)
-        figure.draw(problem, path, rows)
+        figure.draw(problem, path, rows, *measured)
         print(f"\nfigure      {path}")
     except Exception as error:
         print(f"\nno figure   {path}: {first_line(error)}")
@@ -1043,13 +1045,13 @@ def draw_picture(problem, path, rows):
 
 def report_toy(toy, rows):
     """The end of a toy run: a table, a figure, and results.json."""
-    cfg, out, (numbers, _) = toy.cfg, Path(toy.cfg.out), toy.measure()
+    cfg, out, (numbers, densities) = toy.cfg, Path(toy.cfg.out), toy.measure()
     print(f"\n\n{'mean reward':>27}{'entropy (nats)':>17}{'TV to p*':>12}")
     for name in ("reference", "optimum", "policy"):
         print(f"{name:12}{numbers[f'reward_{name}']:15.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
-    print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of the optimum; DPO should be near)")
-    draw_picture(toy, out / "toy.png", rows)
+    print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of p*: DPO should be near)")
+    draw_picture(toy, out / "toy.png", rows, numbers, densities)
     held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out_")}
     write_json(out / "results.json", numbers | held_out | vars(cfg))
     print(f"numbers     {out}/results.json")

@@ -31,7 +31,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import datasets
 import diffusers
 import make_tiny
-import numpy
 import pytest
 import torch
 import transformers
@@ -173,9 +172,6 @@ def batch_of(B=3, K=2, shape=(4, 8, 8), seed=0):
     x_w, x_l = torch.randn(2, B, *shape, generator=gen)
     t, eps = draw(seed, [(0, row) for row in range(B)], K, 1000, shape)
     return x_w, x_l, t, eps
-
-
-
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -535,7 +531,7 @@ def test_unreadable_pairs_are_skipped_the_same_way_every_time(tmp_path):
     assert "1 x 1" in items[2]["unreadable"] and "jpg_0" in items[2]["unreadable"]
     assert "truncated" in items[3]["unreadable"].lower()
     nothing = image_pairs(parquet(tmp_path / "none.parquet", rows[:2]))
-    with pytest.raises(dpo.Refusal, match="unreadable, pair after pair; the last: row 1: jpg_0, can"):
+    with pytest.raises(dpo.Refusal, match="unreadable, pair after pair; the last: row 1: "):
         nothing[0, 0]
 
 
@@ -818,8 +814,9 @@ def test_metrics(straight):
     """A line per step with the promised numbers; step 0 shows log 2, 1/2 and equal errors."""
     rows, _ = straight
     assert [row["step"] for row in rows] == list(range(8))
-    assert set(rows[0]) >= set("""step loss reward_accuracy reward_margin err_policy_w err_policy_l
-        err_ref_w err_ref_l logit_std grad_norm lr unreadable pairs_per_s peak_memory_gib""".split())
+    assert set(rows[0]) == set("""step loss reward_accuracy reward_margin err_policy_w err_policy_l
+        err_ref_w err_ref_l logit_std grad_norm lr unreadable pairs_per_s
+        peak_memory_gib""".split())
     first = rows[0]
     assert first["loss"] == pytest.approx(math.log(2)) and first["reward_accuracy"] == 0.5
     assert first["err_policy_w"] == first["err_ref_w"] and first["logit_std"] == 0
@@ -1073,16 +1070,17 @@ def test_another_configuration_is_refused(tmp_path):
     dpo.check_out(dpo.parse([*TOY, "--seed", "1", "--evaluate", "--out", str(out)]))
 
 
-def test_toy_closes_most_of_the_gap(tmp_path, capsys):
+def test_toy_closes_most_of_the_gap(tmp_path, capsys, monkeypatch):
     """200 steps: the policy has come half of the way to p* that the reference is away; with the
     labels turned round it goes the other way. A figure that fails does not end the run."""
-    argv = ["--toy", "--steps", "200", "--draws", "32", "--eval-every", "0", "--out"]
+    monkeypatch.setattr(dpo, "SAMPLES", 10_000)
+    argv = ["--toy", "--steps", "200", "--draws", "16", "--eval-every", "0", "--out"]
     dpo.main([*argv, str(tmp_path / "a")])
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["tv_policy"] < 0.6 * results["tv_reference"] and results["tv_floor"] < 0.05
+    assert results["tv_policy"] < 0.6 * results["tv_reference"] and results["tv_floor"] < 0.08
     assert abs(results["reward_policy"] - results["reward_optimum"]) < 0.5
     assert "0.6931 (for dpo, gamma 0: log 2)" in capsys.readouterr().out
-    cfg = dpo.parse([*argv[:-1], "--out", str(tmp_path / "b")])
+    cfg = dpo.parse([*argv, str(tmp_path / "b")])
     problem = dpo.Toy(cfg)
     problem.pairs.x_w, problem.pairs.x_l = problem.pairs.x_l, problem.pairs.x_w
     dpo.train(problem, cfg)
@@ -1132,12 +1130,13 @@ def test_sdxl_by_torchrun(tiny, tmp_path):
 def test_training_in_bf16_starts_at_log_2(tiny, tmp_path):
     """--precision bf16 reaches the forward pass, in training and when it is judged; the weights
     stay fp32, and step 0 is log 2 still."""
-    cfg = sd_config(tiny, "sd15", "--precision", "bf16", "--out", str(tmp_path / "run"))
+    cfg = sd_config(tiny, "sd15", "--precision", "bf16", "--steps", "1", "--sample-every", "0",
+                    "--eval-split", "train[:3]", "--out", str(tmp_path / "run"))
     problem, seen = sd_problem(cfg), []
     problem.policy.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     rows = dpo.train(problem, cfg)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and rows[0]["logit_std"] == 0
-    trained, problem.held_out = len(seen), problem.pairs
+    trained = len(seen)
     dpo.evaluate(problem, cfg)
     assert len(seen) > trained > 0 and set(seen) == {torch.bfloat16}
     saved = weights(tmp_path / "run", "unet").values()
@@ -1266,26 +1265,28 @@ def test_all_policies_meet_the_same_noise(trained):
 
 def test_toy_proxy_is_hacked():
     """Under the proxy's own optimum the proxy is higher and the true reward lower, the lower beta;
-    --proxy labels the training pairs by it, and the held-out ones by the true reward."""
+    --proxy labels the training pairs by it, and the held-out ones by the true reward. Labels are
+    those of Bradley-Terry: as sure as the sigmoid of the rewards' difference, no more, no less."""
     ring = dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
     means = [dpo.toy_optimum(ring, beta, 0, dpo.toy_proxy)[1] for beta in (2, 0.5, 0.25)]
     true, proxy = ([mean(f) for mean in means] for f in (dpo.toy_reward, dpo.toy_proxy))
     start = dpo.toy_density(ring.log_prob)[1](dpo.toy_reward)
     assert true == sorted(true, reverse=True) and proxy == sorted(proxy)
     assert true[0] > start > true[1]
-    problem = dpo.Toy(dpo.parse(["--toy", "--proxy", "--pairs", "20000"]))
-    plain = dpo.Toy(dpo.parse(["--toy", "--pairs", "20000"]))
-    assert torch.equal(task.held_out.x_w, plain.held_out.x_w)
-    for pairs, reward, other in ((task.pairs, dpo.toy_proxy, dpo.toy_reward),
+    hacked, plain = (dpo.Toy(dpo.parse(["--toy", "--pairs", "50000", *flag]))
+                     for flag in (["--proxy"], []))
+    assert torch.equal(hacked.held_out.x_w, plain.held_out.x_w)
+    for pairs, reward, other in ((hacked.pairs, dpo.toy_proxy, dpo.toy_reward),
                                  (plain.pairs, dpo.toy_reward, dpo.toy_proxy)):
-        losses = [-torch.nn.functional.logsigmoid(f(pairs.x_w) - f(pairs.x_l)).mean()
-                  for f in (reward, other)]
-        assert losses[0] < losses[1]
+        sure, wrong = (f(pairs.x_w) - f(pairs.x_l) for f in (reward, other))
+        assert ((sure > 0).float().mean() - sure.abs().sigmoid().mean()).abs() < 0.01
+        assert (wrong > 0).float().mean() < wrong.abs().sigmoid().mean() - 0.02
 
 
 def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
     """The machine dies in an evaluation: all steps before it are in a checkpoint. Started again,
     it is made up for, and it changes nothing about the run."""
+    monkeypatch.setattr(dpo, "HELD_OUT_PAIRS", 100)
     argv = [*TOY, "--save-every", "100", "--eval-every", "5", "--out", tmp_path / "run"]
 
     def die(problem, cfg):
@@ -1301,7 +1302,7 @@ def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
     assert [step for step, _ in judged] == [5, 8]
     dpo.main([*map(str, argv), "--evaluate"])
     numbers = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert numbers["accuracy"] == judged[-1][1] and numbers["pairs"] == 5000
+    assert numbers["accuracy"] == judged[-1][1] and numbers["pairs"] == 100
 
 
 def test_the_newest_policy_is_judged(straight, tmp_path):
@@ -1362,8 +1363,8 @@ def test_too_little_memory_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         dpo.main(["--toy", "--out", str(tmp_path / "run")])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and "--micro-batch 32 does" in lines[0]
-    assert "3 GiB" in lines[0] and "--lora 16" in lines[0]
+    assert stopped.value.code == 2 and len(lines) == 1 and "3 GiB" in lines[0]
+    assert "--micro-batch 1" in lines[0] and "--lora 16" in lines[0]
 
 
 def cached(tiny, tmp_path, *argv, kind="sdxl"):
@@ -1378,9 +1379,9 @@ def latents(problem, *rows, epoch=dpo.HELD_OUT):
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_cached_is_encoded_bit_for_bit(tiny, tmp_path, kind):
-    """With --cache a pair has the latents that encoding it alone gives, to the last bit; every epoch
-    sees the middle of the picture, not flipped, and loses captions as before. In bf16 the latents
-    are rounded to 11 bits."""
+    """With --cache a pair has the latents that encoding it alone gives, to the last bit; every
+    epoch sees the middle of the picture, not flipped, and loses captions as before. In bf16 the
+    latents are rounded to 11 bits."""
     plain, quick = sd_problem(sd_config(tiny, kind)), cached(tiny, tmp_path, kind=kind)
     for row in range(6):
         alone, kept = latents(plain, row), latents(quick, row)
@@ -1565,8 +1566,7 @@ def test_defaults():
                            (sft, 2000, 2048, 2000, 2.048e-6, 500, "adamw", 1, 0, 4)):
         found = [getattr(cfg, name) for name in "beta batch steps lr warmup optimizer draws decay "
                  "micro_batch".split()]
-        assert found == pytest.approx(expected) if cfg is None else all(
-            a == b or a == pytest.approx(b) for a, b in zip(found, expected, strict=True))
+        assert all(a == b or a == pytest.approx(b) for a, b in zip(found, expected, strict=True))
     assert (sd15.resolution, sdxl.resolution, sd15.caption_dropout) == (512, 1024, 0.2)
     assert (sd15.checkpointing, sdxl.checkpointing, sd15.lora, sd15.gamma) == ("off", "on", 0, 0)
     assert dpo.parse("--model sd15 --beta 4000".split()).lr == pytest.approx(1.024e-5)
@@ -1592,18 +1592,3 @@ def test_budgets():
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 80
     assert len(nested) <= 12
     assert next(i for i, line in enumerate(lines) if "5. Preference data" in line) <= 500
-
-
-# Broken by hand in diffusion_dpo.py, one at a time, and seen red here: the sign of the loss, of
-# the margin, of v; the mean inside the log-sigmoid; the ELBO weight; the half of the mean;
-# separate noise, t, flip, crop for the two halves; uniform noise, noise without -eps, the same in
-# each epoch; one draw for K; a square in bf16; the reference in the graph, after the policy, not
-# a copy, with bf16 norms, overwritten by load; ties kept; labels swapped; the score's factor; p*
-# without its temperature; all processes on the same pairs; epochs not shuffled; no_sync on the
-# last micro-batch; the division by the accumulation; no autocast; gamma forgotten in the loop; no
-# clipping; weight decay 0.1; Adafactor with torch's scale; no warm-up; a tie counted 0; the
-# optimizer, the step or the unreadable pairs not restored; a half-written checkpoint visible; NaN
-# not caught; signals or unreadable pairs of one process not told to the others; image workers
-# killed by signals; another configuration accepted; 16 bits clipped; EXIF ignored; time_ids
-# swapped; the VAE's scale forgotten; no zeros for an empty prompt; captions never dropped; the
-# sample sheet with the reference twice.

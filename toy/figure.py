@@ -33,12 +33,13 @@ def module_of(problem):
     return sys.modules[type(problem).__module__]
 
 
-def draw(problem, path, rows):
-    """Draws a problem of diffusion_dpo.py to `path`: images, or the toy with its metrics `rows`."""
+def draw(problem, path, rows, *measured):
+    """Draws a problem of diffusion_dpo.py to `path`: images, or the toy with its metrics `rows` and
+    what its measure() gives, if that is known already."""
     if hasattr(problem, "pipe"):
         draw_sheet(problem, path)
     else:
-        draw_toy(problem, path, rows)
+        draw_toy(problem, path, rows, *(measured or problem.measure()))
 
 
 # ---------------------------------------------------------------------------------------- images
@@ -83,13 +84,12 @@ def network_of(problem, side):
 
 # --------------------------------------------------------------------------------------- the toy
 
-def draw_toy(problem, path, rows):
+def draw_toy(problem, path, rows, numbers, densities):
     """Above: pairs, and p_ref, p*, p_theta on one colour scale. Below: how training went."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     cfg, pairs, extent = problem.cfg, problem.pairs, module_of(problem).EXTENT
-    numbers, densities = problem.measure()
     figure, (maps, panels) = plt.subplots(2, 4, figsize=(16, 7.8), layout="constrained")
     for x, colour, label in (
             (pairs.x_l, "tab:red", "rejected"), (pairs.x_w, "tab:green", "preferred")):

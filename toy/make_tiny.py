@@ -21,88 +21,95 @@ import pyarrow.parquet
 import torch
 import transformers
 from PIL import Image, ImageDraw
+from tokenizers.pre_tokenizers import ByteLevel
 
-# The published configurations, where they differ from the libraries' defaults.
-FULL_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-       "down_block_types": ("DownEncoderBlock2D",) * 4,
-       "up_block_types": ("UpDecoderBlock2D",) * 4}
+# Configurations of the parts, where they differ from the libraries' defaults: first as published.
+VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+FULL_VAE = VAE | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
           "num_hidden_layers": 12, "hidden_act": "quick_gelu", "projection_dim": 768}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
           "num_hidden_layers": 32, "hidden_act": "gelu", "projection_dim": 1280}
+SDXL_UNET = {  # SD1.5's has the blocks that diffusers has by default
+    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+    "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 768 + 1280, "sample_size": 128,
+    "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 1280}
 PUBLISHED = {
     "sd15": {"unet": {"sample_size": 64, "cross_attention_dim": 768},
-             "vae": FULL_VAE | {"sample_size": 512, "scaling_factor": 0.18215}, "encoders": [CLIP_L]},
-    "sdxl": {"unet": {
-                 "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
-                 "block_out_channels": (320, 640, 1280), "use_linear_projection": True,
-                 "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
-                 "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
-                 "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
-                 "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
+             "vae": FULL_VAE | {"sample_size": 512, "scaling_factor": 0.18215},
+             "encoders": [CLIP_L]},
+    "sdxl": {"unet": SDXL_UNET,
              "vae": FULL_VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
              "encoders": [CLIP_L, CLIP_G]}}
 
+# And of toy size. SDXL's encoders have widths of 24 and 32: swapping them cannot go unseen.
+TINY_VAE = VAE | {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8, "sample_size": 64}
+TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
+             "norm_num_groups": 8}
+TINY_CLIP = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4,
+             "num_hidden_layers": 2,  # the least that has a last but one hidden state
+             "hidden_act": "quick_gelu", "projection_dim": 32, "vocab_size": 514}
+TINY = {
+    "sd15": {"unet": TINY_UNET | {
+                 "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                 "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+                 "attention_head_dim": 4, "cross_attention_dim": 32},
+             "vae": TINY_VAE | {"scaling_factor": 0.18215}, "encoders": [TINY_CLIP]},
+    "sdxl": {"unet": SDXL_UNET | TINY_UNET | {
+                 "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                 "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                 "transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4),
+                 "cross_attention_dim": 24 + 32, "addition_time_embed_dim": 8,
+                 "projection_class_embeddings_input_dim": 6 * 8 + 32},
+             "vae": TINY_VAE | {"scaling_factor": 0.13025},
+             "encoders": [TINY_CLIP | {"hidden_size": 24, "intermediate_size": 96,
+                                       "projection_dim": 24},
+                          TINY_CLIP | {"hidden_act": "gelu"}]}}
+
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200),
+           "yellow": (245, 215, 60)}
+SHAPES = ("circle", "square", "triangle")
+
+
+def make_tokenizers(n):
+    """The tokenizers of `n` text encoders: they know letters, no words. And the ids of the tokens
+    that begin and end a text."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    pads = ("<|endoftext|>", "!")  # SDXL's second pads otherwise than the first
+    tokenizers = [transformers.CLIPTokenizer(ids, merges=[], model_max_length=77, pad_token=pad)
+                  for pad in pads[:n]]
+    return tokenizers, ids["<|startoftext|>"], ids["<|endoftext|>"]
+
 
 def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
-    """A pipeline with random weights, from the configurations of its parts: of SD1.5's build if
-    there is one text encoder, of SDXL's if there are two. Its tokenizers know letters, no words."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    letters = sorted(ByteLevel.alphabet())
-    tokens = letters + [f"{letter}</w>" for letter in letters]
-    bos, eos = len(tokens), len(tokens) + 1
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    kinds = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
-    parts, schedule = {}, {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
-                           "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    """A pipeline with random weights in fp32, from the configurations of its parts: of SD1.5's
+    build if there is one text encoder, of SDXL's if there are two."""
+    tokenizers, bos, eos = make_tokenizers(len(encoders))
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     with torch.device(device):
-        for number, sizes in enumerate(encoders):
-            name = "_2" if number else ""
-            parts[f"text_encoder{name}"] = kinds[number](transformers.CLIPTextConfig(
-                **sizes, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)).eval()
-            parts[f"tokenizer{name}"] = transformers.CLIPTokenizer(
-                {token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77,
-                pad_token="!" if number else tokens[eos])
-        parts["unet"] = diffusers.UNet2DConditionModel(**unet)
-        parts["vae"] = diffusers.AutoencoderKL(**vae).eval()
+        parts = {"unet": diffusers.UNet2DConditionModel(**unet),
+                 "vae": diffusers.AutoencoderKL(**vae).eval(), "tokenizer": tokenizers[0],
+                 "text_encoder": transformers.CLIPTextModel(
+                     transformers.CLIPTextConfig(**encoders[0] | ids)).eval()}
+        if len(encoders) == 2:
+            parts |= {"tokenizer_2": tokenizers[1],
+                      "text_encoder_2": transformers.CLIPTextModelWithProjection(
+                          transformers.CLIPTextConfig(**encoders[1] | ids)).eval()}
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                "steps_offset": 1, "prediction_type": prediction_type}
     if len(encoders) == 1:
         return diffusers.StableDiffusionPipeline(
             **parts, scheduler=diffusers.PNDMScheduler(
                 **schedule, skip_prk_steps=True, set_alpha_to_one=False),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    scheduler = diffusers.EulerDiscreteScheduler(**schedule, timestep_spacing="leading")
-    return diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
-
-
-COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200),
-           "yellow": (245, 215, 60)}
-SHAPES = ("circle", "square", "triangle")
-VAE = {"block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
-       "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 8, "sample_size": 64}
-UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
-        "norm_num_groups": 8}
-
-
-def _encoder(width, activation):
-    """Of CLIP's text encoder: two layers, the least that has a last but one hidden state."""
-    return {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width,
-            "vocab_size": 514, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "hidden_act": activation}
-
-
-TINY = {  # SDXL's encoders have widths of 24 and 32, so that swapping them cannot go unseen
-    "sd15": {"unet": UNET | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-                             "attention_head_dim": 4, "cross_attention_dim": 32},
-             "vae": VAE | {"scaling_factor": 0.18215}, "encoders": [_encoder(32, "quick_gelu")]},
-    "sdxl": {"unet": UNET | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-                             "attention_head_dim": (2, 4), "cross_attention_dim": 24 + 32,
-                             "use_linear_projection": True, "transformer_layers_per_block": (1, 2),
-                             "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                             "projection_class_embeddings_input_dim": 6 * 8 + 32},
-             "vae": VAE | {"scaling_factor": 0.13025},
-             "encoders": [_encoder(24, "quick_gelu"), _encoder(32, "gelu")]}}
+    return diffusers.StableDiffusionXLPipeline(
+        **parts, scheduler=diffusers.EulerDiscreteScheduler(**schedule, timestep_spacing="leading"),
+        add_watermarker=False)
 
 
 def make_model(folder, kind, prediction_type="epsilon"):

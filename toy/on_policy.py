@@ -1,0 +1,253 @@
+"""D3PO and SPO: the loss of diffusion_dpo.py on pairs that the policy makes itself.
+
+    python toy/on_policy.py --method spo --toy
+    python toy/on_policy.py --method d3po --model sd15 --data prompts.txt --scorer pickscore
+
+Both put other errors into dpo_loss, with or without gamma: for a denoising step that the policy has
+sampled, e = ||x_next - mean||^2 / (2 std^2) = -log p(x_next | x_t) + const, for images the mean
+over the latent, as in the released codes. All else, loop, checkpoints and flags, is the script's.
+
+D3PO (arXiv:2311.13231) draws two images per prompt; all steps of the one with the higher score are
+preferred. SPO (arXiv:2406.04314) draws --candidates for each step; by the score of the x_0 that
+they predict the best is preferred to the worst, and the walk goes on from any of them.
+
+In the released codes D3PO's images start from one x_T, ours from two. SPO's judge is trained on
+noisy images, it skips the first 4 of 20 steps and pairs that score alike; ours does not.
+"""
+
+import math
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import diffusion_dpo as dpo
+
+DEFAULTS = {  # for toy, sd15, sdxl: of the released codes; for the toy, steps and batch ours
+    "d3po": {"beta": (1.0, 0.1, 0.1), "clip": (0.0, 0.1, 0.1), "lr": (3e-3, 3e-5, 3e-5),
+             "lora": (dpo.NO, 4, 4)},
+    "spo": {"beta": (10.0, 10.0, 10.0), "clip": (0.0, 0.1, 0.1), "lr": (3e-3, 6e-5, 1e-5),
+            "lora": (dpo.NO, 4, 64)}}
+BATCH = {"d3po": (128, 40, 40), "spo": (128, 40, 16)}
+DEAD = ("draws", "cache", "caption-dropout", "eval-every", "eval-split", "evaluate")
+
+
+def flags_of(method):
+    """diffusion_dpo.py's FLAGS, with those of these methods and their defaults."""
+    flags = dpo.FLAGS | {flag: (dpo.TEXT, dpo.NO, dpo.NO, dpo.NO, "not here") for flag in DEAD}
+    for flag, defaults in (DEFAULTS[method] | {
+            "steps": (300, 1000, 1000), "batch": BATCH[method], "micro-batch": (128, 1, 1),
+            "warmup": (None, 0, 0), "data": (dpo.NO, None, None)}).items():
+        options, *_, meaning = flags.get(flag, (dpo.FACTOR, "ratio p_theta / p_ref kept in 1 +- X"))
+        flags[flag] = options, *defaults, meaning
+    choices = {"choices": tuple(DEFAULTS)}
+    return flags | {
+        "method": (choices, method, method, method, "whose pairs"),
+        "data": (dpo.TEXT, dpo.NO, None, None, "prompts: a .txt, a line each, or those of pairs"),
+        "scorer": (dpo.TEXT, dpo.NO, "pickscore", "pickscore", "the judge, as in toy/judge.py"),
+        "sampling-steps": (dpo.at_least(2, int), 20, 20, 20, "denoising steps of a sample"),
+        "guidance": (dpo.at_least(1, float), dpo.NO, 5.0, 5.0, "in sampling and in training"),
+        "candidates": (dpo.at_least(2, int), 4, 4, 4, "spo: steps drawn from one x_t")}
+
+
+def parse(argv=None):
+    """The command line as a namespace. Raises Refusal."""
+    argv = sys.argv[1:] if argv is None else argv
+    named = argv[argv.index("--method") + 1:][:1] if "--method" in argv else ["d3po"]
+    cfg = dpo.parse(argv, flags_of(named[0] if named and named[0] in DEFAULTS else "d3po"))
+    if cfg.clip >= 1:
+        raise dpo.Refusal(f"--clip {cfg.clip:g}: it should be less than 1")
+    if cfg.preset != "toy" and not cfg.data:
+        raise dpo.Refusal("--data: it should be a .txt, a prompt a line, or a preference set")
+    cfg.draws, cfg.caption_dropout = 1, 0  # as the loop and ImagePairs want them
+    cfg.guidance = cfg.guidance or 1.0
+    if cfg.out == f"runs/{Path(cfg.model).name}":
+        cfg.out += f"-{cfg.method}"
+    return cfg
+
+
+class Prompts:
+    """Prompts as a dataset by (epoch, row)."""
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, key):
+        return {"prompt": self.prompts[key[1]]}
+
+
+def make_problem(cfg, device):
+    """The script's problem with prompts for pairs, and two more methods: conditions(batch) -> [cond
+    {name: (B, ...)}], before it that of no prompt where there is guidance, and score(x_0 (B, n,
+    *shape), batch) -> (B, n). `step_unit` is that of a step's log-probability."""
+    if cfg.preset == "toy":
+        problem = dpo.Toy(cfg)
+        problem.step_unit = 1.0  # nats; its pairs are not looked at, but counted like prompts
+        problem.conditions = lambda batch: [{}]
+        problem.score = lambda x_0, batch: problem.reward(x_0.flatten(0, 1)).view(x_0.shape[:2])
+        return problem
+    import judge
+    if cfg.data.endswith(".txt"):
+        prompts = judge.read_prompts(cfg.data)
+    else:
+        prompts = dpo.ImagePairs(cfg, cfg.split).prompts
+    scorer = judge.load_scorer(cfg.scorer, device)
+    problem = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model), Prompts(prompts))
+    problem.step_unit = 1 / math.prod(problem.shape)  # a mean over the latent
+
+    def conditions(batch):
+        sides = [[""] * len(batch["prompt"])] * (cfg.guidance > 1) + [list(batch["prompt"])]
+        return [problem.encode_prompts(prompts) for prompts in sides]
+
+    @torch.no_grad()
+    def score(x_0, batch):
+        pipe = problem.pipe
+        images = pipe.vae.decode(x_0.flatten(0, 1) / pipe.vae.config.scaling_factor).sample
+        images = pipe.image_processor.postprocess(images)
+        prompts = [prompt for prompt in batch["prompt"] for _ in range(x_0.shape[1])]
+        return scorer(images, prompts)[0].view(x_0.shape[:2]).to(device)
+
+    problem.conditions, problem.score = conditions, score
+    return problem
+
+
+class Walk:
+    """What both methods need to denoise a batch: noise levels, noise, predictions, steps.
+
+    times (S,), noise levels from T - 1 down; abars (S + 1,), theirs and 1, that of x_0."""
+
+    def __init__(self, problem, batch, cfg):
+        S, T, device = cfg.sampling_steps, len(problem.weight), problem.weight.device
+        self.problem, self.cfg, self.batch = problem, cfg, batch
+        self.times = ((torch.arange(S, 0, -1) * T / S).round().long() - 1).to(device)
+        abars = torch.cat([problem.alphas_cumprod[self.times], torch.ones(1, device=device)])
+        self.abars = abars.clamp(min=2**-24)  # some v-models have 0 at T - 1
+        keys = zip(batch["epoch"].tolist(), batch["row"].tolist(), strict=True)
+        self.gens = [dpo.generator(cfg.seed, "steps", *key) for key in keys]
+        self.conds = problem.conditions(batch)  # no prompt first
+
+    def noise(self, n):
+        """(B, n, *shape), of each pair's own generator."""
+        drawn = [torch.randn(n, *self.problem.shape, generator=gen) for gen in self.gens]
+        return torch.stack(drawn).to(self.times.device, non_blocking=True)
+
+    def predict(self, network, x, i):
+        """eps_hat (B, n, *shape) at x (B, n, *shape), noised to times[i], with guidance."""
+        x_t = x.flatten(0, 1).repeat(len(self.conds), *[1] * len(self.problem.shape))
+        n = x.shape[1]
+        cond = {name: torch.cat([each[name].repeat_interleave(n, 0) for each in self.conds])
+                for name in self.conds[0]}
+        with dpo.autocast(self.problem):
+            out = network(x_t, self.times[i].expand(len(x_t)), **cond).float()
+        *empty, out = out.chunk(len(self.conds))
+        if empty:
+            out = empty[0] + self.cfg.guidance * (out - empty[0])
+        if self.problem.prediction == "v_prediction":
+            out = self.abars[i].sqrt() * out + (1 - self.abars[i]).sqrt() * x_t[:len(out)]
+        return out.view_as(x)
+
+    @torch.no_grad()
+    def step(self, x, n, i):
+        """Samples of n next steps: all from x (B, 1, *shape), or one from each of x (B, n, ...)."""
+        eps = self.predict(self.problem.policy, x, i)
+        mean, std = dpo.ddim_step(x, eps, self.abars[i], self.abars[i + 1])
+        return mean + std * self.noise(n)
+
+    @torch.no_grad()
+    def predicted(self, x, i):
+        """The x_0 that the policy expects at x, noised to times[i]; like x."""
+        eps = self.predict(self.problem.policy, x, i)
+        return dpo.ddim_step(x, eps, self.abars[i], self.abars[-1])[0]
+
+    def nats(self, network, x_t, x_next, i):
+        """Errors (B,) of the preferred and of the rejected step, x_t (B, 1 or 2, *shape) to x_next
+        (B, 2, *shape)."""
+        eps = self.predict(network, x_t, i)
+        mean, std = dpo.ddim_step(x_t, eps, self.abars[i], self.abars[i + 1])
+        squares = (x_next - mean).square().flatten(2).sum(2)  # (B, 2)
+        return (self.problem.step_unit * squares / (2 * std**2)).unbind(1)
+
+
+def pick(x, which):
+    """x (B, n, *shape) at which (B, m): (B, m, *shape)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], which]
+
+
+def steps(walk):
+    """The steps that are compared, one at a time: x_t (B, 1 or 2, *shape), x_next (B, 2, *shape),
+    preferred first, and the number of its noise level. The last is not random, so it is none."""
+    cfg, score = walk.cfg, walk.problem.score
+    if cfg.method == "spo":
+        x = walk.noise(1)
+        for i in range(cfg.sampling_steps - 1):
+            candidates = walk.step(x, cfg.candidates, i)
+            scores = score(walk.predicted(candidates, i + 1), walk.batch)
+            order = scores.argsort(1, descending=True)  # (B, candidates)
+            yield x, pick(candidates, order[:, [0, -1]]), i
+            anyone = [torch.randint(cfg.candidates, (1,), generator=gen) for gen in walk.gens]
+            x = pick(candidates, torch.stack(anyone).to(x.device))
+    else:
+        xs = [walk.noise(2)]
+        for i in range(cfg.sampling_steps):
+            xs.append(walk.step(xs[-1], 2, i))
+        order = score(xs[-1], walk.batch).argsort(1, descending=True)  # (B, 2)
+        xs = [pick(x, order) for x in xs]
+        for i in range(cfg.sampling_steps - 1):
+            yield xs[i], xs[i + 1], i
+
+
+def clipped(error, reference, clip):
+    """The error whose ratio p_theta / p_ref is kept in 1 +- clip, with no gradient beyond: then the
+    margin of gamma stays outside the clip."""
+    if not clip:
+        return error
+    return reference - (reference - error).clamp(math.log(1 - clip), math.log(1 + clip))
+
+
+def on_policy_step(problem, policy, batch, cfg, exchange):
+    """dpo_step of these methods: the loss is a mean over pairs and steps, the activations of one
+    step are held at a time. Returns the sums (8,) of METRICS over the pairs, means over steps."""
+    walk, sums = Walk(problem, batch, cfg), 0
+    count, world = cfg.sampling_steps - 1, dpo.rank_and_world()[1]
+    for x_t, x_next, i in steps(walk):
+        last = exchange and i == count - 1
+        with nullcontext() if last or policy is problem.policy else policy.no_sync():
+            with torch.no_grad():
+                ref_w, ref_l = walk.nats(problem.reference, x_t, x_next, i)
+            err_w, err_l = walk.nats(policy, x_t, x_next, i)
+            losses, logit = dpo.dpo_loss(clipped(err_w, ref_w, cfg.clip),
+                                         clipped(err_l, ref_l, cfg.clip), ref_w, ref_l,
+                                         cfg.beta, cfg.gamma)
+            (losses.sum() / count / (cfg.batch / world)).backward()
+        right = (logit.sign() + 1) / 2
+        values = torch.stack([losses, right, logit, logit**2, err_w, err_l, ref_w, ref_l])
+        sums = sums + values.detach().sum(1) / count
+    return sums
+
+
+def main(argv=None):
+    with dpo.command():
+        cfg = parse(argv)
+        dpo.check_out(cfg)
+        device = dpo.start_processes(torch.cuda.is_available() and cfg.preset != "toy")
+        problem = make_problem(cfg, device)
+        if cfg.sampling_steps > len(problem.weight):
+            raise dpo.Refusal(f"--sampling-steps {cfg.sampling_steps}: it should be at most"
+                              f" {len(problem.weight)}, the model's own")
+        if cfg.clip and dpo.rank_and_world()[0] == 0:
+            logit = (cfg.beta + cfg.gamma) * math.log((1 + cfg.clip) / (1 - cfg.clip))
+            low, high = (math.log1p(math.exp(-each)) for each in (logit, -logit))
+            print(f"clip        {cfg.clip:g} keeps the loss in {low:.3f} to {high:.3f}"
+                  + (" plus or minus the margin of gamma" if cfg.gamma else ""))
+        rows = dpo.train(problem, cfg, on_policy_step)
+        if dpo.rank_and_world()[0] == 0 and cfg.preset == "toy":
+            dpo.report_toy(problem, rows)
+
+
+if __name__ == "__main__":
+    main()
