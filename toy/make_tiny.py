@@ -78,7 +78,8 @@ def make_tokenizers(n):
     """The tokenizers of `n` text encoders: they know letters, no words. And the ids of the tokens
     that begin and end a text."""
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(tokens)}
     pads = ("<|endoftext|>", "!")  # SDXL's second pads otherwise than the first
     tokenizers = [transformers.CLIPTokenizer(ids, merges=[], model_max_length=77, pad_token=pad)
@@ -92,14 +93,14 @@ def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
     tokenizers, bos, eos = make_tokenizers(len(encoders))
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     with torch.device(device):
-        parts = {"unet": diffusers.UNet2DConditionModel(**unet),
-                 "vae": diffusers.AutoencoderKL(**vae).eval(), "tokenizer": tokenizers[0],
-                 "text_encoder": transformers.CLIPTextModel(
-                     transformers.CLIPTextConfig(**encoders[0] | ids)).eval()}
+        parts = {"tokenizer": tokenizers[0], "text_encoder": transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**encoders[0] | ids)).eval()}
         if len(encoders) == 2:
             parts |= {"tokenizer_2": tokenizers[1],
                       "text_encoder_2": transformers.CLIPTextModelWithProjection(
                           transformers.CLIPTextConfig(**encoders[1] | ids)).eval()}
+        parts |= {"unet": diffusers.UNet2DConditionModel(**unet),
+                  "vae": diffusers.AutoencoderKL(**vae).eval()}
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
                 "steps_offset": 1, "prediction_type": prediction_type}
     if len(encoders) == 1:
@@ -113,14 +114,15 @@ def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
 
 
 def make_model(folder, kind, prediction_type="epsilon"):
-    """Write a random pipeline of `kind` "sd15" or "sdxl" to `folder`, 64 x 64 pixels by default."""
+    """Write a pipeline of `kind` "sd15" or "sdxl" to `folder`: random weights, the same ones every
+    time, for 64 x 64 pixels. What was in the folder goes if it is a pipeline, else: OSError."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU: seed only that
         torch.default_generator.manual_seed(0)
         pipeline = assemble(**TINY[kind], prediction_type=prediction_type)
     beside = folder.with_name(folder.name + ".new")
     pipeline.save_pretrained(beside)
-    if (folder / "model_index.json").exists():  # any other folder with files in it stays: OSError
+    if (folder / "model_index.json").exists():
         shutil.rmtree(folder)
     beside.replace(folder)
 
@@ -146,7 +148,7 @@ def make_scorer(folder):
         part.save_pretrained(folder)
 
 
-def _draw(rng, shape, colour, ground, size):
+def draw_shape(rng, shape, colour, ground, size):
     """The bytes of a JPEG; the place and size of the shape vary, and at times the frame does."""
     width, height = rng.choice([(size, size)] * 3 + [(size * 5 // 4, size), (size, size * 9 // 8)])
     image = Image.new("RGB", (width, height), COLOURS[ground])
@@ -161,7 +163,8 @@ def _draw(rng, shape, colour, ground, size):
 
 
 def make_pairs(path, n=64, size=96, seed=0, ties=0.125):
-    """Write `n` pairs to `path`: preferred is what the caption says, rejected is not; ties both."""
+    """Write a parquet file of `n` pairs to `path`, images of `size` pixels or a little more:
+    preferred is what the caption says, rejected is not; a tie, a share `ties` of them, is twice."""
     rng, rows, path = random.Random(seed), [], Path(path)
     decided = n - round(ties * n)
     labels = [rng.choice((0.0, 1.0)) if i < decided else 0.5 for i in range(n)]
@@ -171,7 +174,7 @@ def make_pairs(path, n=64, size=96, seed=0, ties=0.125):
         right = (shape, colour, ground)
         second = right if label == 0.5 else rng.choice(
             [(shape, other, ground), (wrong, colour, ground)])
-        jpgs = [_draw(rng, *what, size) for what in (right, second)]
+        jpgs = [draw_shape(rng, *what, size) for what in (right, second)]
         jpg_0, jpg_1 = reversed(jpgs) if label == 0.0 else jpgs
         rows.append(dict(caption=f"a {colour} {shape} on a {ground} ground",
                          jpg_0=jpg_0, jpg_1=jpg_1, label_0=label, label_1=1.0 - label))
