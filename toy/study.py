@@ -7,7 +7,6 @@ the others are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million 
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -24,7 +23,9 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import on_policy
+
 import diffusion_dpo as dpo
 
 matplotlib.use("Agg")
@@ -34,11 +35,11 @@ OUT, SEEDS, SHORT = HERE / "study", (0, 1, 2), "--steps 1000 --batch 16 --eval-e
 FULL = "--eval-every 3000 "
 DRAWS, BETAS, GAMMAS = (1, 2, 4, 8, 16, 32), (0.25, 0.5, 1, 2), (0, 0.1, 0.25, 0.5, 1)
 RATIOS, MOVED = (0, 0.5, 1, 2), (0, 0.5, 1)
-ON_POLICY = {"d3po": "--method d3po --eval-every 0 --steps 205 ",  # as many network calls as SHORT
-             "spo": "--method spo --eval-every 0 --steps 140 "}
+ON_POLICY = {"d3po": "--method d3po --steps 205 ",  # as many network calls as SHORT
+             "spo": "--method spo --steps 140 "}
 OWN_BETAS = {"d3po": (0.25, 1, 4), "spo": (5, 10, 30)}
 LONG = "--eval-every 0 --sample-every 1000 --steps 6000 --batch 32 --draws 8 "
-FEW, PROXY = LONG + "--pairs 200 ", LONG + "--label-with proxy "
+FEW, PROXY = LONG + "--pairs 200 ", LONG + "--proxy "
 FAIR = {"DPO": "--beta {0}", "SEE-DPO": "--beta {0} --gamma {0}",  # the third: as flat, no margin
         "DPO, beta' = beta + gamma": "--beta {1}"}
 
@@ -59,65 +60,60 @@ def build(cfg, change):
         ring = OneMode(torch.sigmoid(torch.linspace(8, -6, 100)))
     if change in ("linear betas", "linear betas, constant weight"):
         ring = dpo.Ring((1 - torch.linspace(0.001, 0.2, 100)).cumprod(0))
-    task = dpo.make_toy(cfg, ring)
+    toy = dpo.Toy(cfg, ring)
     if change == "one mode":
-        flat = dpo.ToyPairs(task.reference, cfg.pairs, cfg.seed, lambda x: 0 * x[:, 0])
-        task = dataclasses.replace(task, pairs=flat)
+        toy.reward = lambda x: 0 * x[:, 0]
+        toy.pairs = dpo.ToyPairs(toy.reference, cfg.pairs, cfg.seed, toy.reward)
     if isinstance(change, float):
         pairs = type("Pairs", (dpo.ToyPairs,), {"moved": change})
-        task = dataclasses.replace(task, pairs=pairs(task.reference, cfg.pairs, cfg.seed))
+        toy.pairs = pairs(toy.reference, cfg.pairs, cfg.seed)
     if change == "linear betas, constant weight":
-        constant = task.weight.mean().expand(len(task.weight))
-        task = dataclasses.replace(task, weight=constant)
-    return task
+        toy.weight = toy.weight.mean().expand(len(toy.weight))
+    return toy
 
 
-def logits(task, cfg):
+def logits(toy, cfg):
     """The standard deviation of a pair's logit over its draws, by what the two halves share."""
-    batch = task.pairs[[(0, row) for row in range(2000)]]
-    x_w, x_l, cond = task.encode(batch)
+    x_w, x_l = toy.pairs.x_w[:2000], toy.pairs.x_l[:2000]
     found = {"t and eps": [], "t": [], "nothing": []}
     for number in range(32):
-        noise = [dpo.draw_noise(f"{number} {side}", batch["keys"], 1, 100, (2,)) for side in "wl"]
+        drawn = [[dpo.draw_noise(f"{number} {side}", 0, row, 1, 100, (2,)) for row in range(2000)]
+                 for side in "wl"]
+        noise = [[torch.stack(each) for each in zip(*side, strict=True)] for side in drawn]
         for shared in found:
             t = noise[0][0], noise[shared == "nothing"][0]
             eps = noise[0][1], noise[shared != "t and eps"][1]
-            sides = [dpo.pair_errors(task, x_w, x_l, t[i], eps[i], cond) for i in (0, 1)]
+            sides = [dpo.pair_errors(toy, toy.policy, x_w, x_l, t[i], eps[i], {}) for i in (0, 1)]
             four = sides[0][0], sides[1][1], sides[0][2], sides[1][3]
-            _, reward_w, reward_l = dpo.dpo_loss(*four, cfg.beta, cfg.gamma)
-            found[shared].append(reward_w - reward_l)
+            found[shared].append(dpo.dpo_loss(*four, cfg.beta, cfg.gamma)[1].detach())
     return {shared: torch.stack(each).std(0).mean().item() for shared, each in found.items()}
 
 
 def run(job):
-    """One training: (flags, change, seed) -> the numbers of toy_measure, and more where asked."""
+    """One training: (flags, change, seed) -> the numbers of Toy.measure, and more where asked."""
     flags, change, seed = job
     torch.set_num_threads(1)
     dpo.SAMPLES = 50_000 if flags.startswith(FULL) else 25_000
-    curve = []
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.redirect_stdout(io.StringIO()):
-            cfg = dpo.parse(["--toy", "--seed", str(seed), "--out", f"{out}/run", *flags.split()])
-            task = build(cfg, change)
-
-            def measure():
-                return dpo.toy_measure(cfg, task.reference, task.policy, task.pairs.reward)
-
-            def sample(path, rows):
-                curve.append({"step": int(path.stem[-8:])} | measure()[0])
-
-            rows = dpo.train(dataclasses.replace(task, sample=sample), cfg)
-    numbers, compared = measure()
+    curve, argv = [], ["--toy", "--seed", str(seed), *flags.split()]
+    own = any(f"--method {method}" in flags for method in ON_POLICY)  # makes its own pairs
+    with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()),
+          contextlib.redirect_stdout(io.StringIO())):
+        cfg = (on_policy if own else dpo).parse([*argv, "--out", f"{out}/run"])
+        toy = on_policy.make_problem(cfg, None) if own else build(cfg, change)
+        dpo.draw_picture = lambda toy, path, rows: curve.append(
+            {"step": int(path.stem[-8:])} | toy.measure()[0])
+        rows = dpo.train(toy, cfg, on_policy.on_policy_step if own else dpo.dpo_step)
+    numbers, densities = toy.measure()
     held_out = {name: value for name, value in rows[-1].items() if name.startswith("held_out_")}
-    numbers |= held_out | {"map": {name: p.tolist() for name, (p, _) in compared.items()}}
+    numbers |= held_out | {"map": {name: p.tolist() for name, p in densities.items()}}
     if curve:
         numbers["curve"] = curve
     if change == "one mode":
         gen = dpo.generator(seed, "one mode")
-        x = dpo.toy_sample(task.policy, task.alphas_cumprod, 50_000, gen)
+        x = dpo.toy_sample(toy.policy, toy.alphas_cumprod, 50_000, gen)
         numbers["std"] = x.std(0).mean().item()
     if change == "logits":
-        numbers["logits"] = logits(task, cfg)
+        numbers["logits"] = logits(toy, cfg)
     return numbers
 
 
@@ -127,10 +123,10 @@ def experiments():
         "readme": {label: (FULL + flags, None) for label, flags in {
             "DPO: `--toy`": "", "SEE-DPO: `--toy --gamma 0.5`": "--gamma 0.5",
             "SFT: `--toy --method sft`": "--method sft",
-            "beta 2: `--toy --label-with proxy --beta 2`": "--label-with proxy --beta 2",
-            "beta 0.5: `--toy --label-with proxy`": "--label-with proxy",
-            "beta 0.25: `--toy --label-with proxy --beta 0.25`":
-                "--label-with proxy --beta 0.25"}.items()},
+            "beta 2: `--toy --proxy --beta 2`": "--proxy --beta 2",
+            "beta 0.5: `--toy --proxy`": "--proxy",
+            "beta 0.25: `--toy --proxy --beta 0.25`":
+                "--proxy --beta 0.25"}.items()},
         "a-draws": {(gamma, draws): (
             f"--steps 1000 --eval-every 0 --gamma {gamma} --draws {draws} --batch {512 // draws}",
             None) for gamma in (0, 0.5) for draws in DRAWS},
@@ -351,8 +347,8 @@ def main():
     write(found)
     draw(found)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        dpo.main(["--toy", "--out", out])
-        shutil.copy(Path(out, "toy.png"), HERE)
+        dpo.main(["--toy", "--out", f"{out}/toy"])
+        shutil.copy(Path(out, "toy", "toy.png"), HERE)
 
 
 if __name__ == "__main__":
