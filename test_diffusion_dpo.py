@@ -35,7 +35,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import diffusion_dpo as dpo
 
@@ -71,8 +71,6 @@ def literal_loss(e_w, e_l, r_w, r_l, beta, gamma):
     out = []
     for a, b, c, d in zip(*(x.tolist() for x in (e_w, e_l, r_w, r_l)), strict=True):
         inside = -((beta + gamma) * (a - b) - beta * (c - d))
-        if gamma == 0:
-            assert inside == pytest.approx(-beta * ((a - c) - (b - d)))
         out.append(-math.log(1 / (1 + math.exp(-inside))))
     return out
 
@@ -84,15 +82,6 @@ def test_loss_is_eq_14(beta, gamma):
     losses, logit = dpo.dpo_loss(*four, beta, gamma)
     assert losses.tolist() == pytest.approx(literal_loss(*four, beta, gamma), rel=1e-9)
     assert torch.allclose(losses, -torch.nn.functional.logsigmoid(logit))
-
-
-def test_see_dpo_is_dpo_plus_a_margin():
-    """gamma > 0 is DPO at beta + gamma with gamma (log ref_w - log ref_l) added to the logit."""
-    _, _, ref_w, ref_l = four = errors(dtype=torch.float64)
-    beta, gamma = 3.0, 0.7
-    _, logit = dpo.dpo_loss(*four, beta, gamma)
-    _, plain = dpo.dpo_loss(*four, beta + gamma)
-    assert torch.allclose(logit, plain + gamma * (ref_l - ref_w), atol=1e-13)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
@@ -113,22 +102,6 @@ def test_loss_at_step_0():
     losses.sum().backward()
     assert torch.equal(losses, torch.full_like(losses, math.log(2))) and not logit.any()
     assert torch.allclose(err_w.grad, torch.full_like(losses, 2500.0))  # beta / 2
-
-
-def test_loss_is_per_pair():
-    """The mean of the losses, not the loss of the mean: one saturated pair cannot speak for all."""
-    four = [torch.tensor(e) for e in ([0.0, 9.0], [9.0, 0.0], [0.0, 0.0], [0.0, 0.0])]
-    losses = dpo.dpo_loss(*four, 1.0)[0]
-    tiny = math.log1p(math.exp(-9))
-    assert losses.tolist() == pytest.approx([tiny, 9 + tiny])
-
-
-def test_loss_is_finite_at_beta_5000():
-    """Errors that differ by whole units at beta 5000: loss and gradient stay finite in fp32."""
-    four = [torch.tensor([value, 0.0], requires_grad=True) for value in (0.0, 4.0, 2.0, 0.0)]
-    losses = dpo.dpo_loss(*four, 5000.0)[0]
-    losses.sum().backward()
-    assert losses.isfinite().all() and all(e.grad.isfinite().all() for e in four)
 
 
 # --------------------------------------------------- the forward process, and the pair's errors
@@ -195,17 +168,6 @@ def test_pair_errors_are_the_literal_ones(prediction):
     assert len(calls) == 2
 
 
-def test_error_of_v_is_error_of_eps_over_abar():
-    """||v - v_hat||^2 = ||eps - eps_hat||^2 / abar_t for one and the same guess of x_0."""
-    x_0, guess, eps = torch.randn(3, 4, 8, 8)
-    abar = sd_schedule().alphas_cumprod[400]
-    a, s = abar.sqrt(), (1 - abar).sqrt()
-    x_t = a * x_0 + s * eps
-    eps_hat = (x_t - a * guess) / s
-    v, v_hat = a * eps - s * x_0, a * eps_hat - s * guess
-    assert torch.allclose((v - v_hat).square().sum(), (eps - eps_hat).square().sum() / abar)
-
-
 def test_a_pair_shares_t_and_noise():
     """Both halves of a pair meet the same t and eps, also when the pair is twice the same image;
     prompts and sizes go with their own half; and K draws of one pair differ."""
@@ -239,17 +201,6 @@ def test_errors_are_squared_in_fp32():
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
-def test_draws_are_inside_the_log_sigmoid():
-    """K draws give -log sigmoid of the mean, which is below the mean of -log sigmoid (Jensen)."""
-    problem, _ = spy_problem(denoiser=torch.tanh)
-    problem.policy.scale.data.fill_(0.5)
-    x_w, x_l, t, eps = batch_of(B=4, K=8)
-    together = dpo.dpo_loss(*errors_of(problem, x_w, x_l, t, eps, {}), 0.05)[0]
-    apart = [dpo.dpo_loss(*errors_of(problem, x_w, x_l, t[:, [k]], eps[:, [k]], {}), 0.05)[0]
-             for k in range(8)]
-    assert (together < torch.stack(apart).mean(0)).all()
-
-
 def test_noise_is_standard_and_t_uniform():
     """eps is N(0, 1), t is uniform on 0 .. T-1, for every one of the K draws; pairs differ."""
     keys = [(0, row) for row in range(3000)]
@@ -260,14 +211,6 @@ def test_noise_is_standard_and_t_uniform():
         assert eps[:, k].mean().abs() < 0.05 and (eps[:, k].std() - 1).abs() < 0.05
     assert torch.equal(eps[:, :2], -eps[:, 2:]) and torch.equal(t[:, :2], t[:, 2:])
     assert len(eps[:, 0, 0].unique()) == 3000
-
-
-def test_noise_is_a_function_of_seed_epoch_and_row():
-    """The same again, another with another seed, epoch or row."""
-    t, eps = dpo.draw_noise(0, 1, 7, 3, 1000, (4,))
-    assert all(map(torch.equal, dpo.draw_noise(0, 1, 7, 3, 1000, (4,)), (t, eps)))
-    for other in (1, 1, 7), (0, 2, 7), (0, 1, 8):
-        assert not torch.equal(dpo.draw_noise(*other, 3, 1000, (4,))[1], eps)
 
 
 def test_weight_is_a_kl_of_gaussians():
@@ -289,6 +232,8 @@ def test_weight_is_a_kl_of_gaussians():
         kl = torch.distributions.kl_divergence(posterior(x_0), posterior(guess)).sum()
         assert torch.isclose(weight[t] / 7 * (eps - eps_hat).square().sum(), kl)
     assert weight[0] == weight[1]
+    toy = dpo.elbo_weight(torch.sigmoid(torch.linspace(8, -6, 100)))  # linear in log SNR: constant
+    assert torch.allclose(toy, torch.tensor(50 * (math.exp(14 / 99) - 1)), rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- the toy
@@ -297,12 +242,6 @@ def test_weight_is_a_kl_of_gaussians():
 @pytest.fixture(scope="module")
 def ring():
     return dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
-
-
-def test_toy_weight_is_constant(ring):
-    """Linear in log SNR, T omega_t is T / 2 (e^(14 / 99) - 1) = 7.595 for every t."""
-    weight = dpo.elbo_weight(ring.alphas_cumprod)
-    assert torch.allclose(weight, torch.tensor(50 * (math.exp(14 / 99) - 1)), rtol=1e-3)
 
 
 def test_reference_score_is_the_gradient(ring):
@@ -317,14 +256,6 @@ def test_reference_score_is_the_gradient(ring):
             torch.distributions.Categorical(torch.ones(8)), components)
         score, = torch.autograd.grad(mixture.log_prob(x).sum(), x)
         assert torch.allclose(ring(x, torch.full((64,), t)), -(1 - a).sqrt() * score, atol=1e-4)
-
-
-def test_toy_policy_starts_as_the_reference(ring):
-    """At step 0 the policy's eps is the reference's, bit for bit; its gradient is not 0."""
-    policy, x, t = dpo.ToyPolicy(ring, seed=0), torch.randn(9, 2), torch.arange(9)
-    assert torch.equal(policy(x, t), ring(x, t))
-    policy(x, t).square().sum().backward()
-    assert any(p.grad.any() for p in policy.parameters())
 
 
 def test_optimum_is_optimal(ring):
@@ -422,13 +353,6 @@ def test_ties_are_dropped_without_decoding(tmp_path, capsys):
     pairs = image_pairs(parquet(tmp_path / "pairs.parquet", rows))
     assert len(pairs) == 1 and "3 ties" in capsys.readouterr().out
     assert colours(pairs[0, 0]) == ["red", "blue"]
-
-
-def test_splits_can_be_cut(tmp_path):
-    """--split train[:2] is the first two rows, also of a single file, whose only split is train."""
-    path = parquet(tmp_path / "pairs.parquet", [pick(caption=str(i)) for i in range(5)])
-    assert dpo.load_pairs(path, "train[:2]")[0]["caption"][:] == ["0", "1"]
-    assert dpo.load_pairs(path, "train[-1:]")[0]["caption"][:] == ["4"]
 
 
 def test_preferred_comes_first(tmp_path):
@@ -663,21 +587,25 @@ def test_bf16_weights_would_lose_the_updates():
     assert moved(torch.bfloat16, 2.048e-5) < 0.5 and moved(torch.bfloat16, 2.048e-8) == 0
 
 
-def test_adamw_is_the_released_one():
-    """One step by hand: lr against the gradient's sign, and a decay of 0.01 lr times the weight."""
+def test_optimizers_are_the_released_ones():
+    """A step of AdamW by hand: lr against the gradient's sign, and a decay of 0.01 lr times the
+    weight. Adafactor at lr 1e-3 moves a weight by about that, not by that times its size."""
     weight = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
     weight.grad = torch.tensor([3.0, -0.5])
     dpo.make_optimizer([weight], dpo.parse(["--model", "sd15", "--lr", "0.1"])).step()
     assert weight.tolist() == pytest.approx([2 * 0.999 - 0.1, -2 * 0.999 + 0.1], abs=1e-5)
+    weight = torch.nn.Parameter(torch.full((8, 8), 0.01))
+    weight.grad = torch.randn(8, 8)
+    dpo.make_optimizer([weight], dpo.parse(["--model", "sdxl", "--lr", "1e-3"])).step()
+    assert 3e-4 < (weight - 0.01).abs().mean().item() < 3e-3
 
 
 def test_sft_is_the_denoising_loss_of_diffusers(tiny, tmp_path):
-    """--method sft: a step moves the weights along the gradient of mse_loss(unet(noisy), noise) on
-    the preferred images alone, as diffusers' text-to-image examples write it, at 2.048e-6."""
+    """--method sft: loss and gradient norm are those of mse_loss(unet(noisy), noise) on the
+    preferred images alone, as diffusers' examples write it, at a rate of 2.048e-6."""
     cfg = sd_config(tiny, "sd15", "--method", "sft", "--steps", "1", "--warmup", "0", "--batch",
-                    "2", "--out", str(tmp_path / "run"))
-    assert cfg.lr == 2.048e-6
-    problem, steps = sd_problem(cfg), []
+                    "2", "--sample-every", "0", "--out", str(tmp_path / "run"))
+    problem = sd_problem(cfg)
     batch = batch_of_pairs(problem, *next(dpo.pair_keys(len(problem.pairs), cfg, 0, 0, 1)))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / "tiny-sd15")
     with torch.no_grad():
@@ -686,23 +614,15 @@ def test_sft_is_the_denoising_loss_of_diffusers(tiny, tmp_path):
         ids = pipe.tokenizer(batch["prompt"], padding="max_length", max_length=77,
                              return_tensors="pt").input_ids
         hidden = pipe.text_encoder(ids)[0]
-    t, eps = batch["t"], batch["eps"]
-    noisy = sd_schedule().add_noise(latents, eps[:, 0], t[:, 0])
-    loss = torch.nn.functional.mse_loss(pipe.unet(noisy, t[:, 0], hidden).sample, eps[:, 0])
+    t, eps = batch["t"][:, 0], batch["eps"][:, 0]
+    noisy = sd_schedule().add_noise(latents, eps, t)
+    loss = torch.nn.functional.mse_loss(pipe.unet(noisy, t, hidden).sample, eps)
     loss.backward()
-    real = torch.optim.AdamW.step
-
-    def step(optimizer):
-        steps.append({k: p.grad.clone() for k, p in problem.policy.unet.named_parameters()})
-        return real(optimizer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        row, = dpo.train(problem, cfg)
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) and row["reward_accuracy"] == 0.5
-    expected = {k: p.grad for k, p in pipe.unet.named_parameters()}
-    norm = torch.stack([g.norm() for g in expected.values()]).norm()
-    assert same(steps[0], {k: g / max(1, norm) for k, g in expected.items()}, atol=1e-5, rtol=1e-3)
+    norm = torch.stack([p.grad.norm() for p in pipe.unet.parameters()]).norm()
+    row, = dpo.train(problem, cfg)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) and row["lr"] == 2.048e-6
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert row["reward_accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("kind, precision", [("sd15", "fp32"), ("sdxl", "fp32"), ("sdxl", "bf16")])
@@ -758,15 +678,6 @@ def test_adapters_start_by_the_seed(tiny):
             dpo.load_policy(other, tiny / "adapters" / "rank-2")
 
 
-def test_adafactor_is_the_released_one():
-    """A step at lr 1e-3 moves a weight by about 1e-3, not by 1e-3 times the size of the weight."""
-    weight = torch.nn.Parameter(torch.full((8, 8), 0.01))
-    weight.grad = torch.randn(8, 8)
-    cfg = dpo.parse(["--model", "sdxl", "--lr", "1e-3"])
-    dpo.make_optimizer([weight], cfg).step()
-    assert 3e-4 < (weight - 0.01).abs().mean().item() < 3e-3
-
-
 # ------------------------------------------------------------------------------------- whole runs
 
 TOY = ["--toy", "--pairs", "500", "--batch", "8", "--micro-batch", "4", "--draws", "2", "--steps",
@@ -813,7 +724,6 @@ def straight(tmp_path_factory):
 def test_metrics(straight):
     """A line per step with the promised numbers; step 0 shows log 2, 1/2 and equal errors."""
     rows, _ = straight
-    assert [row["step"] for row in rows] == list(range(8))
     assert set(rows[0]) == set("""step loss reward_accuracy reward_margin err_policy_w err_policy_l
         err_ref_w err_ref_l logit_std grad_norm lr unreadable pairs_per_s
         peak_memory_gib""".split())
@@ -842,15 +752,6 @@ def test_metrics_are_means_over_the_whole_batch(tmp_path):
     losses.mean().backward()
     norm = torch.stack([p.grad.norm() for p in problem.policy.parameters()]).norm().item()
     assert rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
-
-
-def test_micro_batches_do_not_matter(straight, tmp_path):
-    """8 pairs at once or 4 x 2 accumulated: the same run up to rounding."""
-    rows, result = train(*TOY, "--micro-batch", "2", "--out", tmp_path / "run")
-    assert same(result, straight[1], rtol=1e-3, atol=1e-6)
-    for name in "loss", "grad_norm":
-        assert [row[name] for row in rows] == pytest.approx(
-            [row[name] for row in straight[0]], rel=1e-4)
 
 
 def test_every_pair_once_an_epoch_and_each_process_its_own():
@@ -885,15 +786,12 @@ def test_resumed_is_straight_bit_for_bit(straight, tmp_path):
         dpo.train(problem, cfg)
     assert stopped.value.code == 128 + signal.SIGTERM and len(calls) == 9
     assert (out / "checkpoint-00000004").is_dir()
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "los')
+    open(out / "metrics.jsonl", "a").write('{"step": 5, "los')
     rows, result = train(*TOY, "--out", out)
     assert same(result, straight[1]) and signal.getsignal(signal.SIGINT) is before
     for row, other in zip(rows, straight[0], strict=True):
         clock = {name: other[name] for name in ("pairs_per_s", "peak_memory_gib")}
         assert row | clock == other
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(8))
 
 
 def test_half_written_checkpoint_is_never_read(straight, tmp_path, monkeypatch):
@@ -1139,8 +1037,7 @@ def test_training_in_bf16_starts_at_log_2(tiny, tmp_path):
     trained = len(seen)
     dpo.evaluate(problem, cfg)
     assert len(seen) > trained > 0 and set(seen) == {torch.bfloat16}
-    saved = weights(tmp_path / "run", "unet").values()
-    assert {value.dtype for value in saved} == {torch.float32}
+    assert {value.dtype for value in weights(cfg.out, "unet").values()} == {torch.float32}
 
 
 def test_too_many_unreadable_pairs_stop_the_run(tiny, tmp_path, capsys):
@@ -1178,27 +1075,15 @@ def judge(change=lambda problem: None, **settings):
     return dpo.evaluate(problem, cfg)
 
 
-def test_a_policy_that_is_told_scores_1_and_the_reference_half():
-    """Rigged to miss every rejected point by far: accuracy 1, standard error 0. The reference
-    itself: 1/2, margin 0."""
-    class Rigged(torch.nn.Module):
-        def forward(self, x_t, t, wrong):
-            return reference(x_t, t) + 100 * wrong[:, None]
-
-    reference = dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
-
-    def rig(problem):
-        problem.policy, problem.reference = Rigged(), lambda x_t, t, wrong: reference(x_t, t)
-        problem.encode = lambda batch: (batch["x_w"], batch["x_l"], {
-            "wrong": torch.arange(2.0).repeat_interleave(len(batch["row"]))})
-
-    results = judge(rig)
-    assert results["accuracy"] == 1 and results["standard_error"] == 0
-    assert results["rise_w"] == 0 < results["rise_l"]
+def test_the_reference_scores_half(trained):
+    """A tie is half right: the reference itself has accuracy 1/2 and margin 0. A trained policy is
+    judged the same whatever the seed of the run, and the batch that pairs come in."""
     results = judge()
     assert results["accuracy"] == 0.5 and results["margin"] == 0 and results["pairs"] == 5000
     assert results["standard_error"] == pytest.approx(0.5 / 5000**0.5)
-    assert results["kendall_tau"] == 0
+    one = judge(trained)
+    assert judge(trained, seed=7) == one != results
+    assert judge(trained, micro_batch=300) == pytest.approx(one, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -1240,34 +1125,10 @@ def test_evaluation_by_hand(trained, monkeypatch):
         (pairs.true > 0).float().mean().item())
 
 
-def test_swapped_labels_score_1_minus_a(trained):
-    """With the labels turned round accuracy is 1 - a, the errors change places, the margin its
-    sign."""
-    def swapped(problem):
-        trained(problem)
-        pairs = problem.held_out
-        pairs.x_w, pairs.x_l = pairs.x_l, pairs.x_w
-
-    one, two = judge(trained, gamma=0.2), judge(swapped, gamma=0.2)
-    assert one["accuracy"] > 0.52
-    assert two["accuracy"] == pytest.approx(1 - one["accuracy"])
-    assert two["margin"] == pytest.approx(-one["margin"], rel=1e-3)
-    assert two["rise_w"] == pytest.approx(one["rise_l"], rel=1e-4)
-    assert two["rise_l"] == pytest.approx(one["rise_w"], rel=1e-4)
-
-
-def test_all_policies_meet_the_same_noise(trained):
-    """The evaluation does not depend on the run's seed, nor on the batch that pairs come in."""
-    one = judge(trained)
-    assert judge(trained, seed=7) == one
-    assert judge(trained, micro_batch=300) == pytest.approx(one, rel=1e-4)
-
-
-def test_toy_proxy_is_hacked():
+def test_toy_proxy_is_hacked(ring):
     """Under the proxy's own optimum the proxy is higher and the true reward lower, the lower beta;
     --proxy labels the training pairs by it, and the held-out ones by the true reward. Labels are
     those of Bradley-Terry: as sure as the sigmoid of the rewards' difference, no more, no less."""
-    ring = dpo.Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
     means = [dpo.toy_optimum(ring, beta, 0, dpo.toy_proxy)[1] for beta in (2, 0.5, 0.25)]
     true, proxy = ([mean(f) for mean in means] for f in (dpo.toy_reward, dpo.toy_proxy))
     start = dpo.toy_density(ring.log_prob)[1](dpo.toy_reward)
@@ -1302,56 +1163,39 @@ def test_a_stop_waits_for_no_evaluation(tmp_path, monkeypatch):
     assert [step for step, _ in judged] == [5, 8]
     dpo.main([*map(str, argv), "--evaluate"])
     numbers = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert numbers["accuracy"] == judged[-1][1] and numbers["pairs"] == 100
-
-
-def test_the_newest_policy_is_judged(straight, tmp_path):
-    """Of a run that is still going on the newest checkpoint is taken; of one that has ended, what
-    it ended with."""
-    policy = dpo.Toy(dpo.parse(TOY)).policy
-    for number, folder in enumerate(("checkpoint-00000003", "checkpoint-00000006", ".")):
-        changed = {name: number * value for name, value in straight[1].items()}
-        (tmp_path / folder / "policy").mkdir(parents=True)
-        save_file(changed, tmp_path / folder / "policy" / dpo.WEIGHTS)
-        assert dpo.load_policy(policy, tmp_path) == tmp_path / folder / "policy"
-        assert same(policy.state_dict(), changed)
+    assert numbers["accuracy"] == judged[-1][1]
 
 
 def test_evaluate_images(tiny, tmp_path, capsys):
-    """--evaluate of a tiny SD1.5: the newest weights of --out, or those of a folder that is named;
-    an unreadable pair is left out, and none steps in for it."""
+    """--evaluate of a tiny SD1.5: what --out ended with, its newest checkpoint if it has not ended,
+    or a folder that is named; an unreadable pair is left out, and none steps in for it."""
     rows = [pick(1.0, caption=str(i), size=(64, 64)) for i in range(5)]
     sound = parquet(tmp_path / "sound.parquet", rows)
     broken = parquet(tmp_path / "broken.parquet", [*rows, pick(1.0, b"broken")])
+    out = tmp_path / "run"
     argv = ["--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--workers", "0", "--beta",
-            "300", "--out", str(tmp_path / "run")]
+            "300", "--out", str(out)]
     dpo.main([*argv, "--data", sound, "--batch", "2", "--steps", "2", "--lr", "1e-3",
-              "--eval-every", "2", "--eval-split", "train[-2:]", "--sample-every", "0"])
-    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+              "--save-every", "1", "--eval-every", "2", "--eval-split", "train[-2:]"])
+    line = (out / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["held_out_pairs"] == 2
 
-    def evaluation(data, *folder, **flags):
+    def evaluation(data, *folder):
         dpo.main([*argv, "--data", data, "--evaluate", *folder])
-        return json.loads((tmp_path / "run" / "evaluation.json").read_text())
+        return json.loads((out / "evaluation.json").read_text())
 
     one, two = evaluation(sound), evaluation(broken)
     assert one["beta"] == 300 and 0 < abs(one["margin"]) and one["policy"].endswith("run/unet")
     assert (two["pairs"], two["unreadable"]) == (5, 1)
     for name in ("accuracy", "margin", "rise_w", "rise_l"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
-    assert "accuracy_of_true_reward" not in one
-    halfway = evaluation(sound, str(tmp_path / "run/checkpoint-00000002"))
-    assert halfway["policy"].endswith("checkpoint-00000002/unet")
-    assert halfway["margin"] == one["margin"]
+    shutil.rmtree(out / "unet")
+    newest, first = evaluation(sound), evaluation(sound, str(out / "checkpoint-00000001"))
+    assert newest["policy"].endswith("checkpoint-00000002/unet")
+    assert newest["margin"] == one["margin"] != first["margin"]
     start = evaluation(sound, str(tiny / "tiny-sd15"))
     assert start["accuracy"] == 0.5 and start["rise_w"] == 0
     assert f"policy      {tiny}/tiny-sd15/unet" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------ on-policy: D3PO and SPO
-
-
-# -------------------------------------------------------------------- the full size, and its speed
 
 
 def test_too_little_memory_is_one_line(monkeypatch, tmp_path, capsys):
@@ -1443,40 +1287,6 @@ def test_cache_notices_changed_pictures(tiny, tmp_path):
     assert sd_problem(sd_config(tiny, "sd15", "--data", str(data))).pairs[0, 1]["unreadable"]
 
 
-def test_cached_pairs_go_to_other_processes(tiny, tmp_path):
-    """Image workers that are started afresh (macOS, Python 3.14) read the same batch."""
-    pairs = cached(tiny, tmp_path).pairs
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=[[(0, 3), (0, 4)]], num_workers=1,
-                                         multiprocessing_context="spawn")
-    batch, = loader
-    assert torch.equal(batch["latents"][1], pairs[0, 4]["latents"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--lora", "2"], ["--precision", "bf16"]])
-def test_compiled_is_the_same_network(tiny, tmp_path, more):
-    """--compile changes neither the loss at step 0, nor the gradients (compiling all of the UNet
-    does, with torch 2.13 on a CPU: they are 0 below the first upsampling), nor names of weights."""
-    found, names = [], []
-    for flags in [], ["--compile"]:
-        problem = sd_problem(sd_config(tiny, "sd15", *more, *flags))
-        batch = batch_of_pairs(problem, (0, 0), (0, 1))
-        x_w, x_l, cond = problem.encode(batch)
-        with dpo.autocast(problem):
-            four = errors_of(problem, x_w, x_l, batch["t"], batch["eps"], cond)
-        losses = dpo.dpo_loss(*four, beta=2000)[0]
-        losses.mean().backward()
-        torch.testing.assert_close(losses, torch.full((2,), math.log(2)), rtol=1e-4, atol=0)
-        found.append(torch.cat([p.grad.flatten() for p in problem.policy.parameters()
-                                if p.requires_grad]))
-        problem.policy.save(tmp_path / f"{len(found)}")
-        file, = (tmp_path / f"{len(found)}").glob("*.safetensors")
-        names.append(set(load_file(file)))
-    assert names[0] == names[1]
-    error = (found[1] - found[0]).norm() / found[0].norm()
-    assert error < (0.1 if "bf16" in more else 1e-3), error
-
-
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -1485,11 +1295,10 @@ def wrong_inputs():
     sd = "--model {tiny}/tiny-sd15 --resolution 64 --data "
     return [
         ("", "required"), ("--toy --model sd15", "not allowed with"),
-        ("--toy --bta 3", "arguments: --bta"), ("--toy --bet 3", "arguments: --bet"),
+        ("--toy --bet 3", "arguments: --bet"), ("--toy --gamma -1", "--gamma"),
         ("--toy --beta 0", "--beta: 0 is not at least"), ("--toy --beta inf", "--beta"),
         ("--toy --beta x", "--beta: invalid number value: 'x'"), ("--toy --beta nan", "--beta"),
-        ("--toy --gamma -1", "--gamma"), ("--toy --steps 1.5", "--steps"),
-        ("--toy --draws 0", "--draws"), ("--toy --precision fp16", "--precision"),
+        ("--toy --steps 1.5", "--steps"), ("--toy --precision fp16", "--precision"),
         ("--toy --data x", "--data means nothing to --model toy"),
         ("--model sd15 --pairs 3", "--pairs means nothing to --model sd15"),
         ("--toy --batch 30 --micro-batch 4", "should be a multiple of 1 processes x --micro-batch"),
@@ -1497,21 +1306,18 @@ def wrong_inputs():
         ("--toy --out {tmp}/file.txt", "Not a directory: '{tmp}/file.txt'"),
         ("--toy --out /proc/run", "/proc/run"), ("--toy --out {tmp}", "holds no run"),
         ("--toy --lora 4", "--lora means nothing"), ("--toy --method ppo", "--method"),
-        (sd + "{tiny}/pairs.parquet --lora -1", "--lora"),
         (sd + "{tiny}/pairs.parquet --cache {tmp}/file.txt", "file.txt"),
         (sd + "{tmp}/absent.parquet", "no such file"), (sd + "{tmp}/file.txt", "--data"),
         (sd + "{tmp}/empty", "--data"), (sd + "{tmp}/ties.parquet", "all 1 pairs of split train"),
         (sd + "{tmp}/columns.parquet", "has the columns ['a', 'b']"),
         (sd + "{tmp}/label.parquet", "label_0 holds 7.0"), (sd + "{tmp}/nan.parquet", "holds nan"),
         (sd + "{tiny}/pairs.parquet --split test", 'split "test"'),
-        (sd + "{tiny}/pairs.parquet --split train[", "train["),
         (sd + "{tmp}/numbers.parquet", "--data {tmp}/numbers.parquet"),
         (sd + "{tmp}/none.parquet", "no data"),
         ("--toy --out {tmp}/strange", "holds no run; name a new folder"),
         ("--toy --evaluate --out {tmp}/empty", "{tmp}/empty: no policy in it"),
         ("--toy --evaluate {tmp}/torn --out {tmp}/empty", "{tmp}/torn"),
         ("--toy --evaluate {tiny}/tiny-sd15/unet --out {tmp}/empty", "it should fit --model"),
-        ("--toy --evaluate no/where --out {tmp}/empty", "no/where: no policy"),
         (sd + "{tiny}/pairs.parquet --eval-every 3", "it needs --eval-split"),
         (sd + "{tiny}/pairs.parquet --resolution 100", "--resolution 100"),
     ]
