@@ -283,8 +283,7 @@ class ToyPairs:
         return len(self.x_w)
 
     def __getitem__(self, key):
-        row = key[1]
-        return {"x_w": self.x_w[row], "x_l": self.x_l[row], "true": self.true[row]}
+        return {name: getattr(self, name)[key[1]] for name in ("x_w", "x_l", "true")}
 
 
 EXTENT, BINS, FINE = 5.0, 30, 8  # densities are compared on 30 x 30 squares of [-5, 5]^2
@@ -902,9 +901,8 @@ def load_batches(problem, cfg, start):
             number = torch.tensor(max(signals, default=0))
             if world > 1:
                 dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: no GPU waits
-            if number:
-                name = signal.Signals(number.item()).name
-                raise Stop(f"Stopped by {name}. The same command goes on from here.", 128 + number)
+            if got := number.item():
+                raise Stop(f"Stopped by signal {got}. The same command goes on.", 128 + got)
             for why in set(batch["unreadable"]) - named - {""}:
                 named.add(why)
                 print(f"\nunreadable  {why}")
@@ -1062,7 +1060,7 @@ def report_toy(toy, rows):
 def at_least(least, kind):
     """argparse's options for an int or a float of at least `least`."""
     def number(text):
-        if not least <= (value := kind(text)) < math.inf:
+        if not least <= (value := kind(text)) < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}")
         return value
     return {"type": number, "metavar": "X"}
@@ -1146,8 +1144,7 @@ def parse(argv=None, flags=FLAGS):
         cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)
     at_once = world * cfg.micro_batch
     if cfg.batch % at_once and cfg.evaluate is None:
-        raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {world} processes x"
-                      f" --micro-batch {cfg.micro_batch}")
+        raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {at_once}")
     if not toy and cfg.resolution % 8:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
     if not toy and cfg.eval_every and not cfg.eval_split:
@@ -1163,8 +1160,7 @@ def find_preset(model):
     try:
         config = UNet2DConditionModel.load_config(model, subfolder="unet")
     except Exception as error:  # the hub's errors have no common base class
-        raise Refusal(f"--model {model}: not toy, sd15, sdxl, nor of diffusers' layout:"
-                      f" {first_line(error)}") from error
+        raise Refusal(f"--model {model}: not of diffusers' layout: {first_line(error)}") from error
     return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
 
 
@@ -1218,7 +1214,7 @@ def command():
     except (Refusal, OSError) as error:  # OSError: a folder not writable, a disk that is full
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             # An image worker's Refusal comes with its story before it.
-            print("error:", str(error).rpartition("Refusal: ")[2], file=sys.stderr)
+            print("\nerror:", str(error).rpartition("Refusal: ")[2], file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"\nerror: {first_line(error)} Less memory: --micro-batch 1, --checkpointing on,"
@@ -1226,6 +1222,10 @@ def command():
         sys.exit(2)
     except KeyboardInterrupt:  # before the training, which handles it by itself
         sys.exit(130)
+    finally:  # image workers ignore signals: an exit after an error would wait for them for ever
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader complains of their end
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
     if dist.is_initialized():  # not after an error: it would wait for processes that are gone
         gather(None)  # gloo aborts if one process leaves while another is still at work
         dist.destroy_process_group()

@@ -201,8 +201,8 @@ def main():
     for path in (folder / "tiny-sd15", model, folder / "tiny-clip", pairs):
         size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
         print(f"wrote {path}  {size / 1e6:.1f} MB")
-    print(f"next: python diffusion_dpo.py --model {model} --data {pairs} "
-          "--resolution 64 --batch 8 --micro-batch 4 --steps 5")
+    print(f"next: python diffusion_dpo.py --model {model} --data {pairs} \\\n"
+          "          --resolution 64 --batch 8 --micro-batch 4 --steps 5")
 
 
 if __name__ == "__main__":

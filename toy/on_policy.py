@@ -15,6 +15,7 @@ In the released codes D3PO's images start from one x_T, ours from two. SPO's jud
 noisy images, it skips the first 4 of 20 steps and pairs that score alike; ours does not.
 """
 
+import argparse
 import math
 import sys
 from contextlib import nullcontext
@@ -25,46 +26,47 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import diffusion_dpo as dpo
 
-DEFAULTS = {  # for toy, sd15, sdxl: of the released codes; for the toy, steps and batch ours
-    "d3po": {"beta": (1.0, 0.1, 0.1), "clip": (0.0, 0.1, 0.1), "lr": (3e-3, 3e-5, 3e-5),
-             "lora": (dpo.NO, 4, 4)},
-    "spo": {"beta": (10.0, 10.0, 10.0), "clip": (0.0, 0.1, 0.1), "lr": (3e-3, 6e-5, 1e-5),
-            "lora": (dpo.NO, 4, 64)}}
-BATCH = {"d3po": (128, 40, 40), "spo": (128, 40, 16)}
+NO = dpo.NO
+DEFAULTS = {  # beta, lr, batch, lora for toy, sd15, sdxl: of the released codes; for the toy ours
+    "d3po": ((1.0, 0.1, 0.1), (3e-3, 3e-5, 3e-5), (128, 40, 40), (NO, 4, 4)),
+    "spo": ((10.0, 10.0, 10.0), (3e-3, 6e-5, 1e-5), (128, 40, 16), (NO, 4, 64))}
 DEAD = ("draws", "cache", "caption-dropout", "eval-every", "eval-split", "evaluate")
 
 
 def flags_of(method):
     """diffusion_dpo.py's FLAGS, with those of these methods and their defaults."""
-    flags = dpo.FLAGS | {flag: (dpo.TEXT, dpo.NO, dpo.NO, dpo.NO, "not here") for flag in DEAD}
-    for flag, defaults in (DEFAULTS[method] | {
-            "steps": (300, 1000, 1000), "batch": BATCH[method], "micro-batch": (128, 1, 1),
-            "warmup": (None, 0, 0), "data": (dpo.NO, None, None)}).items():
-        options, *_, meaning = flags.get(flag, (dpo.FACTOR, "ratio p_theta / p_ref kept in 1 +- X"))
-        flags[flag] = options, *defaults, meaning
-    choices = {"choices": tuple(DEFAULTS)}
-    return flags | {
-        "method": (choices, method, method, method, "whose pairs"),
-        "data": (dpo.TEXT, dpo.NO, None, None, "prompts: a .txt, a line each, or those of pairs"),
-        "scorer": (dpo.TEXT, dpo.NO, "pickscore", "pickscore", "the judge, as in toy/judge.py"),
+    beta, lr, batch, lora = DEFAULTS[method]
+    outs = [f"runs/{preset}-{method}" for preset in dpo.PRESETS]
+    return dpo.FLAGS | {flag: (dpo.TEXT, NO, NO, NO, "not here") for flag in DEAD} | {
+        "method": ({"choices": tuple(DEFAULTS)}, method, method, method, "whose pairs"),
+        "beta": (dpo.at_least(1e-9, float), *beta, "weight of the KL (released codes; toy: ours)"),
+        "clip": (dpo.FACTOR, 0.0, 0.1, 0.1, "p_theta / p_ref is kept in 1 +- X (likewise)"),
+        "lora": (dpo.SIZE, *lora, "rank of adapters (released codes); 0: train all weights"),
+        "lr": (dpo.FACTOR, *lr, "peak rate (released codes; toy: ours, falling)"),
+        "warmup": (dpo.SIZE, None, 0, 0, "steps of rising rate [toy: 1/20; else 0]"),
+        "steps": (dpo.COUNT, 300, 1000, 1000, "optimizer steps (ours)"),
+        "batch": (dpo.COUNT, *batch, "prompts per step, all processes (released codes; toy: ours)"),
+        "micro-batch": (dpo.COUNT, 128, 1, 1, "prompts per forward and process (ours)"),
+        "data": (dpo.TEXT, NO, None, None, "prompts: a .txt, a line each, or those of pairs"),
+        "scorer": (dpo.TEXT, NO, "pickscore", "pickscore", "the judge, as in toy/judge.py"),
         "sampling-steps": (dpo.at_least(2, int), 20, 20, 20, "denoising steps of a sample"),
-        "guidance": (dpo.at_least(1, float), dpo.NO, 5.0, 5.0, "in sampling and in training"),
-        "candidates": (dpo.at_least(2, int), 4, 4, 4, "spo: steps drawn from one x_t")}
+        "guidance": (dpo.at_least(1, float), NO, 5.0, 5.0, "in sampling and in training"),
+        "candidates": (dpo.at_least(2, int), 4, 4, 4, "spo: steps drawn from one x_t"),
+        "out": (dpo.TEXT, *outs, "folder; the same command goes on from there")}
 
 
 def parse(argv=None):
     """The command line as a namespace. Raises Refusal."""
-    argv = sys.argv[1:] if argv is None else argv
-    named = argv[argv.index("--method") + 1:][:1] if "--method" in argv else ["d3po"]
-    cfg = dpo.parse(argv, flags_of(named[0] if named and named[0] in DEFAULTS else "d3po"))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # it decides the defaults
+    first.add_argument("--method", nargs="?")
+    method = first.parse_known_args(argv)[0].method
+    cfg = dpo.parse(argv, flags_of(method if method in DEFAULTS else "d3po"))
     if cfg.clip >= 1:
         raise dpo.Refusal(f"--clip {cfg.clip:g}: it should be less than 1")
     if cfg.preset != "toy" and not cfg.data:
         raise dpo.Refusal("--data: it should be a .txt, a prompt a line, or a preference set")
     cfg.draws, cfg.caption_dropout = 1, 0  # as the loop and ImagePairs want them
     cfg.guidance = cfg.guidance or 1.0
-    if cfg.out == f"runs/{Path(cfg.model).name}":
-        cfg.out += f"-{cfg.method}"
     return cfg
 
 

@@ -77,8 +77,8 @@ def logits(toy, cfg):
     x_w, x_l = toy.pairs.x_w[:2000], toy.pairs.x_l[:2000]
     found = {"t and eps": [], "t": [], "nothing": []}
     for number in range(32):
-        drawn = [[dpo.draw_noise(f"{number} {side}", 0, row, 1, 100, (2,)) for row in range(2000)]
-                 for side in "wl"]
+        drawn = [[dpo.draw_noise(f"{number} {side}", 0, row, 1, 100, (2,))
+                  for row in range(len(x_w))] for side in "wl"]
         noise = [[torch.stack(each) for each in zip(*side, strict=True)] for side in drawn]
         for shared in found:
             t = noise[0][0], noise[shared == "nothing"][0]

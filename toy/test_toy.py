@@ -5,11 +5,16 @@
 
 import json
 import math
+import multiprocessing
 import os
+import re
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +29,16 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import cost
 import figure
 import judge
 import make_tiny
 import on_policy
+import study
 
 import diffusion_dpo as dpo
 from test_diffusion_dpo import (
+    TOY,
     errors,
     jpeg,
     parquet,
@@ -486,7 +494,7 @@ def test_curves_of_runs(tmp_path, panels, capsys):
                         ([str(tmp_path)], "holds no run"), (["--help"], "usage")):
         with pytest.raises(SystemExit):
             figure.main(argv)
-        error, = capsys.readouterr().err.splitlines()
+        error, = capsys.readouterr().err.split("\n")[1:-1]
         assert words in error
 
 
@@ -855,7 +863,7 @@ LABEL = "label --scorer {tiny}/tiny-clip --out out.parquet --data "
     (POLICY + "{tiny}/tiny-sd15 --images 0", "--images: 0 is not at least 1"),
     ("compare --out out --prompts {wrong}/prompts.txt --policy {wrong}/empty", "name its --model"),
     ("compare --out out --prompts {wrong}/prompts.txt --policy {wrong}/toy", "--model toy: ")])
-def test_wrong_input_gets_one_clear_line(line, words, tiny, wrong, tmp_path, capsys, monkeypatch):
+def test_wrong_input_of_judge(line, words, tiny, wrong, tmp_path, capsys, monkeypatch):
     """Exit code 2, one line that names the flag, no traceback, nothing written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -874,26 +882,488 @@ def test_help_fits_the_screen(capsys):
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
+# ----------------------------------------------------------------------------- cost and tiny models
+
+
+@pytest.mark.parametrize("kind, counts", [
+    ("sd15", (859_520_964, 83_653_863, 123_060_480)),
+    ("sdxl", (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840))])
+def test_published_sizes(kind, counts):
+    """UNet, VAE and text encoders with random weights have as many parameters as on the hub."""
+    parts = make_tiny.assemble(**make_tiny.PUBLISHED[kind], device="meta").components
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    found = parts["unet"], parts["vae"], torch.nn.ModuleList(encoders)
+    assert tuple(sum(p.numel() for p in part.parameters()) for part in found) == counts
+
+
+def test_make_tiny_says_what_to_run_next(tmp_path, monkeypatch, capsys):
+    """The command that it prints trains on what it has written, and can be pasted; a second time it
+    writes the same weights; and a folder that is not a model's stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "small"])
+    weights = Path("small", "tiny-sd15", "unet", dpo.WEIGHTS)
+    make_tiny.main()
+    before = weights.read_bytes()
+    make_tiny.main()
+    assert weights.read_bytes() == before
+    command = capsys.readouterr().out.rpartition("next: python diffusion_dpo.py ")[2]
+    monkeypatch.setattr(dpo, "draw_picture", lambda *_: None)  # half a minute
+    dpo.main(shlex.split(command.replace("\\\n", "")))
+    assert len(Path("runs/tiny-sdxl/metrics.jsonl").read_text().splitlines()) == 5
+    Path("other").mkdir()
+    Path("other", "thesis.txt").touch()
+    with pytest.raises(OSError):
+        make_tiny.make_model("other", "sd15")
+    assert Path("other", "thesis.txt").exists()
+
+
+def test_random_weights_follow_from_the_seed(tmp_path, monkeypatch):
+    """`time --model sd15` needs no file and no hub (with tiny sizes in the place of the published
+    ones); its weights are the same for the same seed, and others for another."""
+    monkeypatch.setitem(make_tiny.PUBLISHED, "sd15", make_tiny.TINY["sd15"])
+    argv = ["--model", "sd15", "--resolution", "64", "--batch", "2", "--workers", "0",
+            "--timed-steps", "1", "--out", str(tmp_path)]
+    a, b, c = (cost.build_pipeline(cost.parse([*argv, "--seed", seed]), "cpu").unet.conv_in.weight
+               for seed in "001")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    cost.main(["time", *argv])
+    assert [path.name for path in tmp_path.iterdir()] == ["time.json"]
+
+
+def test_random_latents_stay_out_of_a_run(tiny, tmp_path, monkeypatch):
+    """What random weights encode into --cache is not found by a run of the real ones."""
+    monkeypatch.setitem(make_tiny.PUBLISHED, "sd15", make_tiny.TINY["sd15"])
+    monkeypatch.setitem(dpo.HUB, "sd15", str(tiny / "tiny-sd15"))
+    argv = ["--model", "sd15", "--data", str(tiny / "pairs.parquet"), "--resolution", "64",
+            "--batch", "2", "--workers", "0", "--cache", str(tmp_path / "cache")]
+    cost.main(["time", *argv, "--seed", "1", "--timed-steps", "1", "--out", str(tmp_path / "out")])
+    timed = set((tmp_path / "cache").rglob("*.safetensors"))
+    pairs = dpo.make_problem(dpo.parse(argv), torch.device("cpu")).pairs
+    assert len(timed) == 1 and not timed & set(pairs.cache.iterdir())
+
+
+def account(*argv):
+    return cost.account(cost.parse(["--precision", "bf16", "--micro-batch", "1", *argv]))
+
+
+def test_memory_of_the_published_models():
+    """The parameters of SD1.5's UNet (859,520,964) count 4 bytes in policy and gradients, 8 in
+    AdamW, 2 in the reference; those of its VAE 4, of its text encoder 2."""
+    found = account("--model", "sd15")
+    assert found["policy"] == found["gradients"] == 4 * 859_520_964
+    assert found["optimizer"] == pytest.approx(8 * 859_520_964, rel=1e-5)
+    assert 2 * 859_520_964 < found["reference"] < 2.01 * 859_520_964
+    assert found["VAE, text encoders"] == 4 * 83_653_863 + 2 * 123_060_480
+
+
+def test_flags_save_memory(tiny):
+    """Checkpointing saves activations, a smaller micro-batch too; LoRA keeps the reference's size
+    and saves the rest."""
+    model = "--model", str(tiny / "tiny-sd15"), "--resolution", "64"
+    plain, half, less, lora = (account(*model, *flags.split()) for flags in (
+        "--micro-batch 2", "", "--checkpointing on", "--lora 1"))
+    assert plain["activations"] > 1.5 * half["activations"] > 1.5 * less["activations"] > 0
+    assert lora["reference"] == plain["reference"] and lora["policy"] < plain["policy"] / 50
+
+
+def test_activations_by_hand():
+    """Autograd keeps of two layers, a scale and a square: the layers' inputs and the second weight
+    in bf16, what is scaled and what is squared in fp32. A parameter itself does not count, and a
+    tensor that is kept twice, by the ReLU and the second layer, counts once."""
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(3, 5, bias=False)
+            self.second = torch.nn.Linear(5, 2, bias=False)
+            self.scale = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x_t, t, prompt):
+            return self.second(self.first(x_t).relu()).float() * self.scale
+
+    found = cost.kept_by_autograd(Policy(), (3,), {"prompt": torch.zeros(7, 1)},
+                                  cost.parse(["--model", "sd15", "--precision", "bf16"]))
+    assert found == 2 * (7 * 3 + 7 * 5 + 5 * 2) + 4 * (7 * 2 + 7 * 2)
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 2", "--optimizer adamw"])
+def test_memory_is_that_of_a_run(tiny, monkeypatch, flags):
+    """What `memory` computes for any flags is what a run has after a step, its tensors counted."""
+    argv = ["--model", str(tiny / "tiny-sdxl"), "--resolution", "64", "--batch", "1",
+            "--data", str(tiny / "pairs.parquet"), "--workers", "0", *flags.split()]
+    rows, cfg = [], dpo.parse(argv)
+    monkeypatch.setattr(cost, "print_table", rows.extend)
+    cost.main(["memory", *argv])
+    problem = dpo.make_problem(cfg, torch.device("cpu"))
+    trained = [p for p in problem.policy.parameters() if p.requires_grad]
+    optimizer = dpo.make_optimizer(trained, cfg)
+    dpo.train_step(problem, problem.policy, optimizer, dpo.load_batches(problem, cfg, 0), cfg, 0)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    (row,) = rows
+    assert row["policy"] * 2**30 == cost.size(trained)
+    assert row["gradients"] * 2**30 == cost.size(p.grad for p in trained)
+    assert row["optimizer"] * 2**30 == cost.size(filter(torch.is_tensor, states))
+    assert row["sum"] == sum(value for value in list(row.values())[1:-1])
+
+
+def test_memory_table(tmp_path, monkeypatch, capsys):
+    """Without flags, `memory` shows and writes a row for each of the published configurations."""
+    (tmp_path / "toy").mkdir()
+    monkeypatch.setattr(cost, "ROOT", tmp_path)
+    monkeypatch.setattr(cost, "account", lambda cfg: {
+        "policy": 2**30 * (cfg.lora or 32) // 4, "gradients": 2**30 * (cfg.precision == "bf16")})
+    cost.main(["memory"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| sd15 --micro-batch 1 --checkpointing on --lora 16 | 4.0 | 1.0 | 5.0 |" in lines
+    table = json.loads((tmp_path / "toy" / "cost_memory.json").read_text())
+    assert len(table) == len(cost.MEMORY_ROWS) and table[0]["sum"] == 9
+
+
+def useful_flops(unet, side, prompts):
+    """2 per multiplication of every Linear, Conv2d and attention of one image's forward pass."""
+    found = []
+
+    def see(module, inputs, out):
+        if isinstance(module, torch.nn.Linear):
+            found.append(2 * inputs[0].numel() * out.shape[-1])
+        elif isinstance(module, torch.nn.Conv2d):
+            found.append(2 * out.numel() * module.weight[0].numel())
+
+    def attend(module, inputs, options, out):
+        x, context = inputs[0], options.get("encoder_hidden_states")
+        context = x if context is None else context
+        width = module.to_q.out_features
+        found.append(2 * 2 * x.shape[1] * context.shape[1] * width)
+
+    for module in unet.modules():
+        if isinstance(module, diffusers.models.attention_processor.Attention):
+            module.register_forward_hook(attend, with_kwargs=True)
+        module.register_forward_hook(see)
+    unet(torch.zeros(1, 4, side, side), 0, torch.zeros(1, 77, prompts))
+    return sum(found)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_time_by_a_clock_that_is_told(tiny, tmp_path, monkeypatch, lora):
+    """With a clock that only moves by the seconds that each part is said to take, `time` finds
+    them: part by part, per pair, the ratio to the floor, the hours of the whole run, without the
+    first two steps. Its TFLOP/s are those counted by hand. It leaves no other file."""
+    now = [0.0]
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    def slow(function, seconds):
+        def slower(*inputs, **more):
+            out = function(*inputs, **more)
+            pass_by(next(seconds) if hasattr(seconds, "__next__") else seconds)
+            return out
+        return slower
+
+    def forward(policy, *inputs, **cond):
+        out = forwarded(policy, *inputs, **cond)
+        pass_by(5 if out.requires_grad else 3)  # policy or reference
+        if out.requires_grad:
+            out.register_hook(lambda grad: pass_by(7))
+        return out
+
+    forwarded = dpo.UNetPolicy.forward
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(cost, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(dpo, "read_image", slow(dpo.read_image, 1))
+    monkeypatch.setattr(dpo.StableDiffusion, "encode", slow(dpo.StableDiffusion.encode, 2))
+    monkeypatch.setattr(dpo.UNetPolicy, "forward", forward)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow(
+        torch.nn.utils.clip_grad_norm_, 13))
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow(
+        torch.optim.AdamW.step, iter([100, 100, 11, 11])))
+    cost.main(["time", "--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--batch", "16",
+               "--micro-batch", "1", "--steps", "9", "--workers", "0", "--out", str(tmp_path),
+               "--timed-steps", "2", "--lora", str(lora)])
+    found = json.loads((tmp_path / "time.json").read_text())
+    pairs, micro, update = 4, 2 + 2 + 3 + 5 + 7, 13 + 11  # 4 micro-batches of 1 pair
+    wanted = {"data wait": 4 * 2, "encode": 4 * 2, "reference": 4 * 3, "policy forward": 4 * 5,
+              "backward": 4 * 7, "optimizer": 11, "rest": 13,
+              "all": 4 * micro + update}
+    step = 4 * micro + update
+    assert found["milliseconds_per_pair"] == pytest.approx({
+        part: 1000 * seconds / pairs for part, seconds in wanted.items()})
+    assert found["share"] == pytest.approx({
+        part: seconds / step for part, seconds in wanted.items()})
+    assert found["seconds_per_pair"] == step / pairs
+    assert found["ratio_to_floor"] == step / (4 * (3 + 5 + 7) + 11)
+    assert found["seconds_per_step"] == 16 / 4 * (4 * micro + 13) + 11
+    assert found["projected_hours"] == pytest.approx(9 * found["seconds_per_step"] / 3600)
+    monkeypatch.undo()
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "tiny-sd15", subfolder="unet")
+    # Two images a pair, each of them: reference 1, forward 1, backward 2 (1 to adapters).
+    flops = 2 * (3 if lora else 4) * useful_flops(unet, 8, 32) / found["seconds_per_pair"]
+    assert found["tflops"] == pytest.approx(flops / 1e12)
+    assert found["share_of_matmul"] == pytest.approx(flops / 1e9)
+    assert [path.name for path in tmp_path.iterdir()] == ["time.json"]
+
+
+def test_timed_steps_are_the_runs(tiny, tmp_path, monkeypatch):
+    """The steps that are timed are those that training takes: the same losses, the same weights."""
+    seen, real = [], dpo.train_step
+
+    def step(problem, *more):
+        seen.append((real(problem, *more)["loss"], problem.policy.unet.conv_in.weight.clone()))
+        return {"step": more[-2], "unreadable": 0}
+
+    argv = ["--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--batch", "4", "--workers",
+            "0", "--data", str(tiny / "pairs.parquet"), "--steps", "3", "--lr", "1e-3"]
+    cfg = dpo.parse(argv)
+    problem = dpo.make_problem(cfg, torch.device("cpu"))
+    optimizer = dpo.make_optimizer(problem.policy.parameters(), cfg)
+    batches = dpo.load_batches(problem, cfg, 0)
+    for number in range(3):
+        step(problem, problem.policy, optimizer, batches, cfg, number, dpo.dpo_step)
+    monkeypatch.setattr(dpo, "train_step", step)
+    cost.main(["time", *argv, "--timed-steps", "1", "--out", str(tmp_path)])
+    for one, other in zip(seen[:3], seen[3:], strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--lora", "2"], ["--precision", "bf16"]])
-def test_compiled_is_the_same_network(tiny, tmp_path, more):
-    """--compile changes neither the loss at step 0, nor the gradients (compiling all of the UNet
-    does, with torch 2.13 on a CPU: they are 0 below the first upsampling), nor names of weights."""
-    found, names = [], []
-    for flags in [], ["--compile"]:
-        problem = problem_of(tiny, "sd15", *more, *flags)
-        batch = batch_of_pairs(problem, (0, 0), (0, 1))
-        x_w, x_l, cond = problem.encode(batch)
-        with dpo.autocast(problem):
-            four = errors_of(problem, x_w, x_l, batch["t"], batch["eps"], cond)
-        losses = dpo.dpo_loss(*four, beta=2000)[0]
-        losses.mean().backward()
-        torch.testing.assert_close(losses, torch.full((2,), math.log(2)), rtol=1e-4, atol=0)
-        found.append(torch.cat([p.grad.flatten() for p in problem.policy.parameters()
-                                if p.requires_grad]))
-        problem.policy.save(tmp_path / f"{len(found)}")
-        file, = (tmp_path / f"{len(found)}").glob("*.safetensors")
-        names.append(set(load_file(file)))
-    assert names[0] == names[1]
-    error = (found[1] - found[0]).norm() / found[0].norm()
-    assert error < (0.1 if "bf16" in more else 1e-3), error
+def test_time_of_two_processes(tiny, tmp_path):
+    """Under torchrun it times all of them, with made-up pairs and with adapters, and ends well."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+         ROOT / "toy" / "cost.py", "time", "--model", tiny / "tiny-sdxl", "--resolution", "64",
+         "--timed-steps", "1", "--lora", "2", "--batch", "4", "--micro-batch", "1", "--workers",
+         "0", "--out", tmp_path], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "time.json").read_text())
+    assert found["world_size"] == 2 and found["timed_batch"] == 4
+    assert done.stdout.count("ratio to the floor") == 1 and "hours on 2 x" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_time_says_why_it_stops(tiny, tmp_path, capsys, monkeypatch):
+    """Pairs that cannot be read, and a signal, end it with their reason; nothing is written."""
+    rows = [pick(size=(64, 64)) for _ in range(4)] + [pick(1.0, b"broken") for _ in range(40)]
+    argv = ["time", "--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--batch", "8",
+            "--micro-batch", "4", "--workers", "0", "--timed-steps", "1", "--out",
+            str(tmp_path / "out"), "--data", parquet(tmp_path / "pairs.parquet", rows)]
+    with pytest.raises(SystemExit) as stopped:
+        cost.main(argv)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and "over 1 %" in err and "jpg_0, cannot identify" in out
+    real = dpo.dpo_step
+    monkeypatch.setattr(dpo, "dpo_step", lambda *inputs, **more: (
+        signal.raise_signal(signal.SIGTERM), real(*inputs, **more))[1])
+    with pytest.raises(SystemExit) as stopped:
+        cost.main(argv)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "Nothing is timed. Stopped by signal 15.\n" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_matmul_rate():
+    """It is a rate that a CPU can have."""
+    assert 1e9 < cost.matmul_rate(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_time_table(tmp_path, monkeypatch, capsys):
+    """Without flags, `time` shows the median and the range of three seeds for every row."""
+    seen = []
+
+    def time_steps(cfg, device):
+        seen.append(cfg)
+        dpo.load_pairs(cfg.data, "train")
+        return {"ratio_to_floor": [1.2, 1.1, 1.7][cfg.seed], "share_of_matmul": cfg.lora / 10,
+                "seconds_per_pair": 1.0}
+
+    (tmp_path / "toy").mkdir()
+    monkeypatch.setattr(cost, "ROOT", tmp_path)
+    monkeypatch.setattr(cost, "time_steps", time_steps)
+    cost.main(["time"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(seen) == 3 * len(cost.TIME_ROWS) and max(map(len, lines)) <= 100
+    assert ("| medium | --cache --lora 8 | 1.200 (1.100-1.700) | 0.800 (0.800-0.800) |"
+            " 1.000 (1.000-1.000) |") in lines
+    table = json.loads((tmp_path / "toy" / "cost_time.json").read_text())
+    assert table[-1]["flags"] == "--cache --compile" and table[-1]["ratio_to_floor"][1] == 1.2
+
+
+@pytest.mark.parametrize("line, words", [
+    ("space", "space: it should be memory or time"),
+    ("time --toy", "--toy: costs a minute"),
+    ("memory --toy", "--toy: costs a minute"),
+    ("memory --model sd15 --compile", "--compile: memory"),
+    ("time --model sd15 --timed-steps 0", "--timed-steps"),
+    ("time --model sd15 --evaluate", "--evaluate"),
+    ("time --model nowhere", "--model nowhere: not of diffusers' layout"),
+    ("time --model tiny-sd15 --data nowhere", "--data nowhere: no such file or folder")])
+def test_wrong_input_of_cost(line, words, tiny, monkeypatch, capsys):
+    """Exit code 2, one line that names the culprit, no traceback, and nothing is written."""
+    monkeypatch.chdir(tiny)
+    before = sorted(tiny.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        cost.main(line.split())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and words in lines[-1]
+    assert len(lines) == 1 and sorted(tiny.rglob("*")) == before
+
+
+# ------------------------------------------------------------------ the script, where it is hard
+
+
+@pytest.mark.parametrize("number", dpo.STOPPING)
+def test_a_stop_has_the_exit_code_of_its_signal(tmp_path, number):
+    """128 + its number, as an int: of anything else Python makes a 1."""
+    cfg = dpo.parse([*TOY, "--out", str(tmp_path)])
+    problem, before = dpo.Toy(cfg), signal.getsignal(number)
+    encode = problem.encode
+    problem.encode = lambda batch: os.kill(os.getpid(), number) or encode(batch)
+    with pytest.raises(SystemExit) as stopped:
+        dpo.train(problem, cfg)
+    assert type(stopped.value.code) is int and stopped.value.code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+def test_an_error_does_not_wait_for_image_workers(tiny, tmp_path):
+    """Image workers ignore signals; a run that ends by an error must not wait for them. What one of
+    them finds wrong with the data is one line, and exit code 2."""
+    data, log = parquet(tmp_path / "pairs.parquet", [pick(1.0, b"broken")]), tmp_path / "log"
+
+    def target():
+        os.setsid()
+        sys.stdout = sys.stderr = open(log, "w")
+        dpo.main(["--model", str(tiny / "tiny-sd15"), "--data", data, "--resolution", "64",
+                  "--batch", "2", "--workers", "1", "--out", str(tmp_path / "run")])
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("still waiting")
+    assert process.exitcode == 2 and f"\nerror: --data {data}: unreadable" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_whole_replaces_what_is_on_the_disk(tmp_path, monkeypatch):
+    """A file is replaced only once its new content is on the disk."""
+    file, seen = tmp_path / "new folder" / "file", []
+    dpo.write_json(file, 1)
+    monkeypatch.setattr(os, "sync", lambda: seen.append(file.read_text()))
+    dpo.write_json(file, 2)
+    assert seen == ["1\n"] and file.read_text() == "2\n" and len([*file.parent.iterdir()]) == 1
+
+
+def test_bf16_weights_would_lose_the_updates():
+    """Hundred AdamW steps at the SD1.5 learning rate on weights of size 0.02: fp32 weights move by
+    all of it, bf16 weights by less than half; at the rate that the paper prints, by nothing."""
+    def moved(dtype, lr):
+        start = torch.full((1000,), 0.02, dtype=dtype)
+        weights = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0)
+        for _ in range(100):
+            weights.grad = torch.ones_like(weights)
+            optimizer.step()
+        return (start - weights).float().mean().item() / (100 * lr)
+
+    assert moved(torch.float32, 2.048e-5) > 0.9 and moved(torch.float32, 2.048e-8) > 0.5
+    assert moved(torch.bfloat16, 2.048e-5) < 0.5 and moved(torch.bfloat16, 2.048e-8) == 0
+
+
+# ---------------------------------------------------------------------------------------- the study
+
+
+@pytest.mark.parametrize("words", [["--method", "spo"], ["--method=spo"],
+                                   ["--method", "d3po", "--method", "spo"]])
+def test_method_decides_the_defaults_however_it_is_written(words):
+    """The defaults are those of the method that trains; a given --out is never renamed."""
+    cfg = on_policy.parse(["--toy", *words, "--out", "runs/toy"])
+    assert (cfg.method, cfg.beta, cfg.out) == ("spo", 10, "runs/toy")
+
+
+BRIEF = "--steps 4 --batch 4 --pairs 200 "
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Runs with few samples and held-out pairs and without toy.png; undoes what run() sets."""
+    real, threads = dpo.toy_sample, torch.get_num_threads()
+    monkeypatch.setattr(dpo, "toy_sample", lambda denoiser, abars, n, gen: real(
+        denoiser, abars, n // 100, gen))
+    monkeypatch.setattr(dpo, "HELD_OUT_PAIRS", 50)
+    monkeypatch.setattr(dpo, "SAMPLES", 25_000)
+    monkeypatch.setattr(dpo, "draw_picture", lambda *given: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def built(change):
+    return study.build(dpo.parse(["--toy", "--pairs", "200"]), change)
+
+
+def test_experiments_change_what_they_say():
+    """One mode: a Gaussian of std 1/2, no reward; linear betas: other noise levels, then another
+    weight alone; coverage 0: no points off the reference."""
+    toy, one, linear = built(None), built("one mode"), built("linear betas")
+    x = one.pairs.x_w
+    assert x.mean(0).norm() < 0.3 and one.reward(x).count_nonzero() == 0
+    torch.testing.assert_close(one.reference.log_prob(x), -x.square().sum(1) / (2 * 0.5**2))
+    betas = 1 - linear.alphas_cumprod[1:] / linear.alphas_cumprod[:-1]
+    torch.testing.assert_close(betas, torch.linspace(0.001, 0.2, 100)[1:], rtol=1e-3, atol=1e-5)
+    constant = built("linear betas, constant weight")
+    assert torch.equal(constant.alphas_cumprod, linear.alphas_cumprod)
+    torch.testing.assert_close(constant.weight, linear.weight.mean().expand(100))
+    assert linear.weight.std() > 1 and toy.weight.std() < 0.1 * toy.weight.mean()
+    spread = [(built(moved).pairs.x_w.norm(dim=1) - 2).std() for moved in (0.0, 0.5, 1.0)]
+    assert 0.9 * 0.5 < spread[0] < spread[1] < spread[2]
+    assert torch.equal(built(0.5).pairs.x_w, toy.pairs.x_w)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (dpo, "--gamma 0.5 --eval-every 4"), (on_policy, "--sampling-steps 3 --method d3po"),
+    (on_policy, "--sampling-steps 3 --method spo --gamma 5")])
+def test_a_run_of_the_study_is_that_of_the_script(script, flags, brief, tmp_path):
+    """With the same flags it ends with the very numbers of results.json; a curve ends there too."""
+    flags = BRIEF + flags + " --sample-every 2"
+    script.main(["--toy", "--seed", "1", *flags.split(), "--out", str(tmp_path / "run")])
+    wanted = json.loads((tmp_path / "run" / "results.json").read_text())
+    numbers = study.run((flags, None, 1))
+    assert [row["step"] for row in numbers["curve"]] == [2, 4]
+    assert ("held_out_accuracy" in numbers) == (script is dpo)
+    assert all(torch.tensor(p).shape == (30, 30) for p in numbers.pop("map").values())
+    first, last = (row | {"step": 4} for row in numbers.pop("curve"))
+    assert numbers == {name: wanted[name] for name in numbers}
+    assert first != last == {name: wanted.get(name, 4) for name in last}
+    assert {name for name in wanted if name.startswith(("held_out_", "tv_"))} <= set(numbers)
+
+
+def test_one_mode_and_logits_are_measured(brief):
+    """The width of the one mode, at the start that of the reference; and how sharing t and eps, or
+    t alone, steadies a logit."""
+    still = BRIEF + "--eval-every 0 --lr 0"
+    assert study.run((still, "one mode", 0))["std"] == pytest.approx(0.5, abs=0.05)
+    moved = study.run((BRIEF + "--eval-every 0 --warmup 0", "logits", 0))["logits"]
+    assert 0 < moved["t and eps"] < moved["t"] < moved["nothing"]
+
+
+def test_tables_and_figures_are_made_of_all_experiments(brief, tmp_path, monkeypatch, capsys):
+    """Every figure of the notebook is drawn; every JSON file holds each setting and seed; labels
+    with a command are that run."""
+    numbers = study.run((BRIEF + "--eval-every 4 --sample-every 2", None, 0))
+    numbers |= {"std": 0.5, "logits": {"t and eps": 1.0, "t": 2.0, "nothing": 3.0}}
+    plan = study.experiments()
+    found = {name: {label: [numbers] * 3 for label in labels} for name, labels in plan.items()}
+    monkeypatch.setattr(study, "OUT", tmp_path)
+    study.write(found)
+    study.draw(found)
+    shown = re.findall(r"\(study/(\S+\.png)\)", (ROOT / "toy" / "README.md").read_text())
+    assert {path.name for path in tmp_path.glob("*.png")} == {*shown, "methods.png"}
+    for name, labels in plan.items():
+        rows = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(rows) == 3 * len(labels) and "map" not in rows[0]
+    assert "| beta 2: `--toy --proxy --beta 2` | 0.636 |" in capsys.readouterr().out
+
+    def means(flags):
+        return vars(dpo.parse(flags.split())) | {"eval_every": 0}
+
+    for label, (flags, _) in plan["readme"].items():
+        assert means(label.split("`")[1]) == means("--toy " + flags)
