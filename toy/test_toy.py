@@ -240,19 +240,33 @@ def train_on_policy(*argv):
     return dpo.train(on_policy.make_problem(cfg, None), cfg, on_policy.on_policy_step)
 
 
-def test_on_policy_gradient_is_a_mean_over_steps(tmp_path):
+@pytest.mark.parametrize("micro", [8, 2])
+@pytest.mark.parametrize("more", ["", "--clip 0.1 --gamma 0.5 --lr 0.03 --warmup 0"])
+def test_on_policy_gradient_is_a_mean_over_steps(tmp_path, micro, more):
     """The gradient that the loop takes is that of the mean over pairs and steps, accumulated or
-    not."""
-    for micro in 8, 2:
-        argv = ["--steps", "1", "--micro-batch", str(micro), "--out", str(tmp_path / f"{micro}")]
-        cfg = on_policy.parse([*ON_POLICY, *argv])
+    not; with a clip on both ratios and with gamma, once the policy has left the reference."""
+    argv = [*more.split(), "--steps", "2", "--micro-batch", str(micro), "--out", str(tmp_path)]
+    rows = train_on_policy(*argv, "--save-every", "1")
+    cfg = on_policy.parse([*ON_POLICY, *argv])
+    for step, row in enumerate(rows):
         problem = on_policy.make_problem(cfg, None)
-        keys = sum(dpo.pair_keys(len(problem.pairs), cfg, 0, 0, 1), [])
+        if step:
+            problem.policy.load(tmp_path / f"checkpoint-{step:08d}" / "policy")
+        keys = sum(dpo.pair_keys(len(problem.pairs), cfg, 0, 0, 1), [])[8 * step:][:8]
         found = step_errors(problem, keyed(keys))
-        torch.stack([dpo.dpo_loss(e_w, e_l, r_w.detach(), r_l.detach(), cfg.beta)[0]
-                     for e_w, e_l, r_w, r_l in found]).mean().backward()
+        losses = []
+        for e_w, e_l, r_w, r_l in found:
+            r_w, r_l = r_w.detach(), r_l.detach()
+            ratio_w, ratio_l = r_w - e_w, r_l - e_l
+            if cfg.clip:
+                ratio_w, ratio_l = (each.clamp(math.log(0.9), math.log(1.1))
+                                    for each in (ratio_w, ratio_l))
+            logit = (cfg.beta + cfg.gamma) * (ratio_w - ratio_l) + cfg.gamma * (r_l - r_w)
+            losses.append(-torch.nn.functional.logsigmoid(logit))
+        loss = torch.stack(losses).mean()
+        loss.backward()
         norm = torch.cat([p.grad.flatten() for p in problem.policy.parameters()]).norm().item()
-        row, = train_on_policy(*argv)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert row["err_policy_w"] == pytest.approx(
             torch.stack([e_w for e_w, *_ in found]).mean().item(), rel=1e-4)
