@@ -41,11 +41,12 @@ Five steps lead to it:
 Where the paper, its released code and this file differ:
  1. beta. T omega_t is a constant in the paper; its code takes half the MEAN squared error, that is
     T omega_t = 1/(2d) for latents of d numbers. So do we for images: beta = 2000 and 5000 refer to
-    it (trainers without the half need half the beta). On the SUM of squares beta = 5000 is only
-    5000/(2d): 0.153 for SD1.5 (d = 16,384), 0.038 for SDXL (d = 65,536), a leash four times as
-    long. In the toy T omega_t is the ELBO's, exactly, and beta is in nats.
+    it (trainers without the half need half the beta). On the SUM of squares that is beta/(2d),
+    and the smaller it is, the longer the leash: 5000 on SD1.5 (d = 16,384) 0.153, on SDXL (d =
+    65,536) 0.038. In the toy T omega_t is the ELBO's, exactly, and beta is in nats.
  2. Learning rate: the paper prints (2000 / beta) 2.048e-8; its launchers run 2.048e-5 (1e-8 times
-    2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5.
+    2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5. It
+    rises for a quarter of the steps, as the paper says (the SDXL launcher: a tenth).
  3. t and eps. Eq. 14 has eps^w and eps^l; the code shares both t and eps in a pair, and so do we.
     Sharing eps is for the variance: in the toy the logit's standard deviation over draws is 1.33
     with both shared, 2.53 with t alone, 4.73 with neither. Sharing t saves noise too, and for
@@ -53,8 +54,7 @@ Where the paper, its released code and this file differ:
     every logit. (At gamma = 0 const(t) cancels within an image, between policy and reference.)
  4. Crop, flip and caption dropout are drawn once per pair; the code draws the flip per image (and
     its launchers crop the centre). A dropped caption is what the pipeline means by no prompt: ""
-    for SD1.5, zeros for SDXL (code: "").
- 5. The latent is the mean of the VAE's posterior (code: a sample): the seed decides everything.
+    for SD1.5, zeros for SDXL (code: ""). A latent is the VAE's mean, not a sample as in the code.
 """
 
 import argparse
@@ -67,7 +67,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import metadata
 from io import BytesIO
@@ -167,11 +167,10 @@ def weighted_errors(network, problem, x_t, t, target, cond):
     return problem.weight[t] * squares.flatten(1).sum(1)
 
 
-def pair_errors(problem, policy, x_w, x_l, t, eps, cond):
+def pair_errors(problem, x_w, x_l, t, eps, cond):
     """The four errors that dpo_loss takes: err_w, err_l, ref_err_w, ref_err_l, (B,) fp32 each.
 
     x_w, x_l (B, *shape); t (B, K); eps (B, K, *shape); cond {name: (2B, ...)}, preferred first.
-    `policy` is problem.policy or, on several processes, its wrapper.
     """
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape): both in one forward
@@ -186,7 +185,7 @@ def pair_errors(problem, policy, x_w, x_l, t, eps, cond):
     target = a_t * eps - s_t * x_0 if problem.prediction == "v_prediction" else eps
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
         reference = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
-    errors = weighted_errors(policy, problem, x_t, t, target, cond)  # (2BK,)
+    errors = weighted_errors(problem.policy, problem, x_t, t, target, cond)  # (2BK,)
     # The mean over draws comes here, before the log-sigmoid: in the toy 512 draws a step end at TV
     # 0.11 as 16 pairs of 32, at 0.39 as 512 pairs of one: a noisy logit teaches caution.
     err_w, err_l = errors.view(2, B, K).mean(2)  # (B,) each
@@ -264,26 +263,26 @@ def toy_proxy(x):
 
 class ToyPairs:
     """n pairs, labelled by chance: by the Bradley-Terry model of `reward`. DPO learns only where
-    there are pairs, and for gamma > 0 p* is wider than p_ref: so half of the points (`moved`) are
+    there are pairs, and for gamma > 0 p* is wider than p_ref: so half of the points (`noisy`) are
     samples of the reference with noise of std 1/2 on top."""
 
-    moved = 0.5
+    noisy = 0.5
 
     def __init__(self, ring, n, seed, reward=toy_reward):
         gen = generator(seed, "toy pairs")
-        moved = torch.rand(2 * n, 1, generator=gen) < self.moved  # (2n, 1)
-        x = ring.sample(2 * n, gen) + 0.5 * moved * torch.randn(2 * n, 2, generator=gen)  # (2n, 2)
+        noisy = torch.rand(2 * n, 1, generator=gen) < self.noisy  # (2n, 1)
+        x = ring.sample(2 * n, gen) + 0.5 * noisy * torch.randn(2 * n, 2, generator=gen)  # (2n, 2)
         x_0, x_1 = x.chunk(2)  # (n, 2) each
         prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(reward(x_0) - reward(x_1))
         self.x_w = torch.where(prefers_0[:, None], x_0, x_1)
         self.x_l = torch.where(prefers_0[:, None], x_1, x_0)
-        self.true = toy_reward(self.x_w) - toy_reward(self.x_l)  # (n,)
+        self.true_logit = toy_reward(self.x_w) - toy_reward(self.x_l)  # (n,)
 
     def __len__(self):
         return len(self.x_w)
 
     def __getitem__(self, key):
-        return {name: getattr(self, name)[key[1]] for name in ("x_w", "x_l", "true")}
+        return {name: getattr(self, name)[key[1]] for name in ("x_w", "x_l", "true_logit")}
 
 
 EXTENT, BINS, FINE = 5.0, 30, 8  # densities are compared on 30 x 30 squares of [-5, 5]^2
@@ -342,7 +341,7 @@ def toy_sample(denoiser, alphas_cumprod, n, gen):
 class Toy:
     """The toy as a problem. T = 100 noise levels, linear in log SNR, unless `ring` has others."""
 
-    prediction, shape = "epsilon", (2,)
+    prediction, shape, sources = "epsilon", (2,), ()
 
     def __init__(self, cfg, ring=None):
         self.cfg, self.reward = cfg, toy_proxy if cfg.proxy else toy_reward
@@ -392,61 +391,57 @@ def pair_keys(n, cfg, start, rank, world):
             yield [(i // n, order(i // n)[i % n].item()) for i in numbers]
 
 
-def dpo_step(problem, policy, batch, cfg, exchange):
-    """Forward, loss and backward of one micro-batch: adds to the policy's gradients, which are
-    exchanged between processes if `exchange`. Returns the sums (8,) of METRICS over its pairs."""
+def dpo_step(problem, batch, cfg):
+    """Forward, loss and backward of one micro-batch: adds its share of the whole batch's mean loss
+    to the policy's gradients. Returns the sums (8,) of METRICS over its pairs."""
     x_w, x_l, cond = problem.encode(batch)
     t, eps = (batch[name].to(problem.weight.device, non_blocking=True) for name in ("t", "eps"))
-    # Once a step is enough; no_sync must hold for the forward pass too.
-    with nullcontext() if exchange or policy is problem.policy else policy.no_sync():
-        with autocast(problem):
-            errors = pair_errors(problem, policy, x_w, x_l, t, eps, cond)  # four of (B,)
-        losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)  # (B,)
-        if cfg.method == "sft":  # the rejected half is then measured only
-            losses = 2 * errors[0]  # for images the mean squared error
-        (losses.sum() / (cfg.batch / rank_and_world()[1])).backward()  # DDP: mean over processes
+    with autocast(problem):
+        errors = pair_errors(problem, x_w, x_l, t, eps, cond)  # four of (B,)
+    losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)  # (B,)
+    if cfg.method == "sft":  # the rejected half is then measured only
+        losses = 2 * errors[0]  # for images the mean squared error
+    (losses.sum() / cfg.batch).backward()
     right = (logit.sign() + 1) / 2  # a tie is half right: 1/2 at step 0, not 0
     return torch.stack([losses, right, logit, logit**2, *errors]).detach().sum(1)
 
 
-def train_step(problem, policy, optimizer, batches, cfg, step, micro_step=dpo_step):
+def train_step(problem, optimizer, batches, cfg, step, micro_step=dpo_step):
     """One optimizer step: gradients of cfg.batch pairs, accumulated, and an update. Returns the
     metrics from before it. Raises Stop, the weights as they were, at a signal or a NaN."""
+    began, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
     rising, falling = (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay)
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * min(1, rising, falling)
-    optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
-    sums, unreadable = torch.zeros(len(METRICS), device=problem.weight.device), 0
-    count = cfg.batch // (cfg.micro_batch * rank_and_world()[1])  # of micro-batches
-    for micro in range(count):
+    lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, rising, falling)
+    optimizer.zero_grad()
+    totals = torch.zeros(len(METRICS) + 1, device=problem.weight.device)  # the last: unreadable
+    for _ in range(cfg.batch // (cfg.micro_batch * rank_and_world()[1])):
         batch = next(batches)
-        sums += micro_step(problem, policy, batch, cfg, exchange=micro == count - 1)
-        unreadable += sum(map(bool, batch["unreadable"]))
-    totals = torch.cat([sums, sums.new_tensor([unreadable])])
+        totals[:-1] += micro_step(problem, batch, cfg)
+        totals[-1] += sum(map(bool, batch["unreadable"]))
     if dist.is_initialized():
-        dist.all_reduce(totals)
+        # Once a step: DDP would hide this behind a micro-batch, one of 128 in the paper's run.
+        for tensor in (totals, *[p.grad for p in parameters if p.grad is not None]):
+            dist.all_reduce(tensor)
     *means, unreadable = totals.tolist()  # only here the CPU waits for the GPU
     row = {"step": step} | dict(zip(METRICS, (mean / cfg.batch for mean in means), strict=True))
     row["logit_std"] = max(0.0, row.pop("logit_square") - row["reward_margin"] ** 2) ** 0.5
-    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # released code: 1
-    row |= {"grad_norm": grad_norm.item(), "lr": group["lr"], "unreadable": int(unreadable)}
+    grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()  # released code: 1
+    row |= {"grad_norm": grad_norm, "lr": lr, "unreadable": int(unreadable),
+            "pairs_per_s": cfg.batch / (time.perf_counter() - began)}
     if not all(map(math.isfinite, row.values())):
-        raise Stop(f"Step {step} is not finite and not taken: {row}. Try a smaller --lr.", 1)
+        raise Stop(f"Step {step} is not finite and not taken: {row}. Lower --lr, new --out.", 1)
     optimizer.step()
     return row
 
 
 def train(problem, cfg, micro_step=dpo_step):
     """Trains problem.policy, a toy's or SDXL's, on one process or, under torchrun, on many. Goes on
-    from the newest checkpoint in cfg.out. Returns the rows of metrics.jsonl."""
-    rank, world = rank_and_world()
-    out, policy = Path(cfg.out), problem.policy
+    from the newest checkpoint in cfg.out, as if nothing had happened: what dies with a machine is
+    the steps since then. Returns the rows of metrics.jsonl."""
+    rank, out, policy = rank_and_world()[0], Path(cfg.out), problem.policy
     optimizer = make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
     start, unreadable = load_checkpoint(out, policy, optimizer)
-    if world > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    log = Log(problem, cfg, start)
-    batches = load_batches(problem, cfg, start)
+    log, batches = Log(problem, cfg, start), load_batches(problem, cfg, start)
 
     def due(every):  # every so many steps, and at the end
         return every and step and (step % every == 0 or step == cfg.steps)
@@ -456,27 +451,27 @@ def train(problem, cfg, micro_step=dpo_step):
             if unreadable > max(1, step * cfg.batch / 100):
                 raise Stop(f"--data {cfg.data}: {unreadable} pairs, over 1 %, are unreadable.", 2)
             if rank == 0 and step > start and (due(cfg.save_every) or due(cfg.eval_every)):
-                save_checkpoint(out, step, problem.policy, optimizer, unreadable)
+                save_checkpoint(out, step, policy, optimizer, unreadable)
             if rank == 0 and due(cfg.sample_every):
                 draw_picture(problem, out / "samples" / f"step-{step:08d}.png", log.rows)
             if due(cfg.eval_every):
                 numbers = evaluate(problem, cfg)
                 log.add({"step": step} | {f"held_out_{name}": numbers[name] for name in numbers})
             if step < cfg.steps:
-                row = train_step(problem, policy, optimizer, batches, cfg, step, micro_step)
+                row = train_step(problem, optimizer, batches, cfg, step, micro_step)
                 unreadable += row["unreadable"]
                 log.add(row)
     except Stop as stop:
         if rank == 0:
             if step > start:
-                save_checkpoint(out, step, problem.policy, optimizer, unreadable)
+                save_checkpoint(out, step, policy, optimizer, unreadable)
             log.bar.close()
             print(f"{stop.args[0]}\nSaved in {out}: the policy after {step} steps.")
         gather(None)  # torchrun ends the others as soon as one is gone: wait for process 0
         sys.exit(stop.args[1])
     if rank == 0:
-        with whole(out / problem.policy.folder) as folder:
-            problem.policy.save(folder)
+        with whole(out / policy.folder) as folder:
+            policy.save(folder)
     return log.rows
 
 
@@ -522,25 +517,26 @@ def load_pairs(data, split):
 
 
 def read_image(value, root):
-    """An upright RGB image from {"bytes": ..., "path": ...}, however it was stored. Raises whatever
-    PIL raises if it cannot, and ValueError if there is nothing to see."""
-    image = Image.open(BytesIO(value["bytes"]) if value["bytes"] else root / value["path"])
+    """An upright RGB image from {"bytes": ..., "path": ...}, however it was stored. The data may be
+    a stranger's. Raises whatever PIL raises if it cannot, and ValueError if it should not."""
+    if not value["bytes"] and {"/", ".."} & {*Path(value["path"]).parts}:
+        raise ValueError(f"{value['path']} is not in the folder of the data")
+    file = BytesIO(value["bytes"]) if value["bytes"] else root / value["path"]
+    image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))  # others may start programs
+    # A failed download, a bomb, or 16 bits, which would be clipped at 255 instead of scaled.
+    if min(image.size) < 8 or math.prod(image.size) > 2**26 or image.mode[0] in "IF":
+        raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255 instead of scaling
-        image = image.convert("I").point(lambda level: level / 256).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    if min(image.size) < 8:  # the placeholder of a failed download, mostly
-        raise ValueError(f"only {image.width} x {image.height} pixels")
     return image.convert("RGB")
 
 
 def square(image, size, u, v, flip):
-    """Pixels (3, size, size), uint8: the shorter side scaled to `size` by LANCZOS (released code:
-    bilinear), cut at the place (u, v) in [0, 1]^2."""
+    """Pixels (3, size, size), uint8: the shorter side scaled to `size`; u, v in 0..1 is the cut."""
     image = ImageOps.mirror(image) if flip else image
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=(u, v))
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, centering=(u, v))
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
 
@@ -553,13 +549,15 @@ class ImagePairs:
         if not untied:
             raise Refusal(f"--data {cfg.data}: all {len(labels)} pairs of split {split} are ties")
         self.table, self.labels = table.select(untied), [labels[row] for row in untied]
-        self.cfg, self.root = cfg, Path(cfg.data)
+        self.source = table.cache_files[0]["filename"]
+        self.cfg, self.root, self.rows = cfg, Path(cfg.data), untied  # rows: the user's numbers
         self.captions = self.table.select_columns(self.columns[0])  # without copies of the images
         self.prompts = [prompt or "" for prompt in self.captions.unique(self.columns[0])]
         self.cache = None  # see cache_latents
         if rank_and_world()[0] == 0:
-            ties = len(labels) - len(self)
-            print(f"data        {cfg.data}, {split}: {len(self):,} pairs, {ties:,} ties dropped")
+            bare = self.captions.with_format("arrow")[:].column(0).null_count
+            print(f"data        {cfg.data}, {split}: {len(self):,} pairs, {bare:,} of them without"
+                  f" caption; {len(labels) - len(self):,} ties dropped")
 
     def __len__(self):
         return len(self.table)
@@ -598,7 +596,7 @@ class ImagePairs:
             try:
                 return self.read(epoch, row) | {"unreadable": "; ".join(why)}
             except ValueError as error:
-                why.append(f"row {row}: {error}")
+                why.append(f"row {self.rows[row]}: {error}")
                 row = (row + 1) % len(self)
         raise Refusal(f"--data {self.cfg.data}: unreadable, pair after pair; the last: {why[-1]}")
 
@@ -645,20 +643,24 @@ class LoraPolicy(UNetPolicy):
                          for name, p in unet.named_parameters() if p.requires_grad}
         for p in self.adapters.values():
             p.data = p.data.float()
+        adapted = peft.tuners.tuners_utils.BaseTunerLayer  # the UNet's own switch looks for these
+        self.layers = [module for module in unet.modules() if isinstance(module, adapted)]
 
     def reference(self, x_t, t, **cond):
-        self.unet.disable_adapters()
-        try:
-            return self(x_t, t, **cond)
-        finally:
-            self.unet.enable_adapters()
+        for layer in self.layers:
+            layer.enable_adapters(False)
+        prediction = self(x_t, t, **cond)
+        for layer in self.layers:
+            layer.enable_adapters(True)
+        return prediction
 
     def save(self, folder):  # the UNet's own save_lora_adapter writes names that pipelines miss
         folder.mkdir(parents=True)
         save_file({name: p.detach() for name, p in self.adapters.items()}, folder / LORA_WEIGHTS)
 
     def load(self, folder):
-        saved = load_file(folder / LORA_WEIGHTS)
+        saved = {name.replace("lora.down", "lora_A").replace("lora.up", "lora_B"): value
+                 for name, value in load_file(folder / LORA_WEIGHTS).items()}  # by older names, too
         shapes = [{name: p.shape for name, p in each.items()} for each in (saved, self.adapters)]
         if shapes[0] != shapes[1]:
             raise ValueError("not adapters of this rank for this UNet")
@@ -673,7 +675,8 @@ def load_pipeline(model):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    return diffusers.DiffusionPipeline.from_pretrained(HUB.get(model, model), safety_checker=None)
+    return diffusers.DiffusionPipeline.from_pretrained(HUB.get(model, model), safety_checker=None,
+                                                       use_safetensors=True)
 
 
 class StableDiffusion:
@@ -682,17 +685,18 @@ class StableDiffusion:
     def __init__(self, cfg, device, pipe, pairs=None, held_out=None):
         import diffusers
         self.cfg, self.pipe, self.pairs, self.held_out = cfg, pipe, pairs, held_out
+        self.sources = pipe.unet.config.get("_name_or_path"), getattr(pairs, "source", None)
         schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         self.prediction = schedule.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise Refusal(f"--model {cfg.model}: predicts {self.prediction}, not epsilon or v")
-        unet, half = pipe.unet.float(), cfg.precision == "bf16"
-        pipe.vae.float().enable_slicing()  # in fp16 SDXL's VAE would overflow
+        unet, bf16 = pipe.unet.float(), cfg.precision == "bf16"
+        pipe.vae.float().enable_slicing()  # in fp16 SDXL's would overflow (launcher: one mended)
         encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder")]
-        nn.ModuleList(encoders).to(torch.bfloat16 if half else torch.float32)
+        nn.ModuleList(encoders).to(torch.bfloat16 if bf16 else torch.float32)
         base = unet if cfg.lora else deepcopy(unet)
         frozen = nn.ModuleList([base, pipe.vae, *encoders]).requires_grad_(False)
-        if half:
+        if bf16:
             # Autocast rounds these at every use, the policy's too; the reference's never change, so
             # round them once: half the memory, the same numbers. What is trained stays fp32: a bf16
             # weight of 0.02 has a spacing of 1.2e-4: a step of 2e-5 leaves it where it is.
@@ -744,8 +748,8 @@ class StableDiffusion:
             return {"prompt": prompt}
         cond = {"prompt": prompt, "text_embeds": pooled[0]}
         if self.pipe.config.force_zeros_for_empty_prompt:  # as when it samples without a prompt
-            for value in cond.values():
-                value[[text == "" for text in prompts]] = 0
+            given = torch.tensor([[text != ""] for text in prompts]).to(prompt, non_blocking=True)
+            cond = {"prompt": prompt * given[:, None], "text_embeds": pooled[0] * given}
         # Original size, corner of the crop, size: like the released code we say that all are whole.
         # Told the truth, a pair would differ in c, and where sizes differ they predict the label.
         sizes = torch.tensor([1, 1, 0, 0, 1, 1], device=prompt.device) * float(self.cfg.resolution)
@@ -794,15 +798,15 @@ def evaluate(problem, cfg):
     n, size = len(problem.held_out), max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)
     keys = [[(HELD_OUT, row) for row in range(first, min(first + size, n))]
             for first in range(rank * size, n, world * size)]
-    found = []  # of each batch: rows (B,), four errors and true difference of rewards (B, 5)
+    found = []  # of each batch: rows (B,), four errors and, of a toy, the true logit (B, 5)
     noised = Noised(problem.held_out, problem, "held out", EVAL_DRAWS)
     for batch in tqdm(loader(noised, keys, cfg), "evaluate", len(keys), ncols=99,
                       disable=rank > 0 or cfg.evaluate is None):
         x_w, x_l, cond = problem.encode(batch)
         t, eps = batch["t"].to(x_w.device), batch["eps"].to(x_w.device)
         with autocast(problem):
-            errors = pair_errors(problem, problem.policy, x_w, x_l, t, eps, cond)
-        true = batch.get("true", torch.zeros(len(t))).to(x_w.device)
+            errors = pair_errors(problem, x_w, x_l, t, eps, cond)
+        true = batch.get("true_logit", torch.zeros(len(t))).to(x_w.device)
         read = torch.tensor([not why for why in batch["unreadable"]])
         found.append((batch["row"][read], torch.stack([*errors, true], 1).cpu()[read]))
     rows, numbers = (torch.cat(column) for column in zip(*sum(gather(found), []), strict=True))
@@ -822,17 +826,17 @@ def evaluate(problem, cfg):
 
 def load_policy(policy, named):
     """Puts weights into `policy`: those of a folder, or of a run's (what it ended with, or else its
-    newest checkpoint). Returns the folder. Raises Refusal."""
-    places = [Path(named), *Path(named).glob(policy.folder),
-              *sorted(Path(named).glob(f"checkpoint-*/{policy.folder}"), reverse=True)]
-    places = [place for place in places if any(place.glob("*.safetensors"))]
-    if not places:
-        raise Refusal(f"{named}: no policy in it, that is no {policy.folder}/*.safetensors")
-    try:
-        policy.load(places[0])
-    except Exception as error:  # a torn file, weights of another model
-        raise Refusal(f"{places[0]}: {first_line(error)}; it should fit --model") from error
-    return places[0]
+    newest checkpoint that is whole). Returns their folder. Raises Refusal."""
+    why = f"{named}: no policy in it, that is no {policy.folder}/*.safetensors"
+    checkpoints = sorted(Path(named).glob(f"checkpoint-*/{policy.folder}"), reverse=True)
+    for place in (Path(named), Path(named, policy.folder), *checkpoints):
+        if any(place.glob("*.safetensors")):
+            try:
+                policy.load(place)
+                return place
+            except Exception as error:  # a torn file, weights of another model
+                why = f"{place}: {first_line(error)}; it should fit --model"
+    raise Refusal(why)
 
 
 def report_evaluation(problem, cfg):
@@ -907,7 +911,7 @@ def load_batches(problem, cfg, start):
                 named.add(why)
                 print(f"\nunreadable  {why}")
             yield batch
-    finally:
+    except GeneratorExit:  # not after Stop: then a second signal would end the saving
         for number, handler in zip(STOPPING, before, strict=True):
             signal.signal(number, handler)
 
@@ -915,7 +919,7 @@ def load_batches(problem, cfg, start):
 @contextmanager
 def whole(path):
     """A place to write to that becomes `path`, file or folder, once it is on the disk: whenever the
-    machine dies, `path` is whole, or as it was before. Raises OSError."""
+    machine dies, `path` is whole, or as it was before; a folder may be gone. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
@@ -951,7 +955,7 @@ def load_checkpoint(out, policy, optimizer):
     for folder in sorted(out.glob("checkpoint-*"), reverse=True):
         try:
             state = json.loads((folder / "state.json").read_text())
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)
             policy.load(folder / policy.folder)
             optimizer.load_state_dict(saved)
             found = state["step"], state["unreadable"]
@@ -971,12 +975,11 @@ class Log:
     """What a run says: on the screen, in OUT/config.json and OUT/metrics.jsonl. By process 0."""
 
     def __init__(self, problem, cfg, start):
-        rank, world = rank_and_world()
+        (rank, world), n = rank_and_world(), len(problem.pairs)
         self.cfg, self.file, self.rows = cfg, Path(cfg.out, "metrics.jsonl"), []
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.began, total = time.perf_counter(), cfg.steps * cfg.batch
-        self.bar = tqdm(initial=start * cfg.batch, total=total, unit=" pairs", unit_scale=True,
-                        ncols=99, mininterval=0.5, disable=rank > 0)
+        self.bar = tqdm(initial=start * cfg.batch, total=cfg.steps * cfg.batch, unit=" pairs",
+                        unit_scale=True, ncols=99, mininterval=0.5, disable=rank > 0)
         if rank > 0:
             return
         trained = sum(p.numel() for p in problem.policy.parameters() if p.requires_grad)
@@ -986,12 +989,12 @@ class Log:
               f" {cfg.beta * problem.weight[0]:.3g} per unit of squared error\n"
               f"steps       {cfg.steps:,} of {cfg.batch} pairs by {cfg.optimizer} at {cfg.lr:.4g};"
               f" {cfg.micro_batch} at a time on {world} processes, {cfg.draws} draws each\n"
-              f"epochs      {total / len(problem.pairs):.3g} of {len(problem.pairs):,} pairs (the"
-              " paper: 4.8 of 851,293)\n"
+              f"epochs      {self.bar.total / n:.3g} of {n:,} pairs\n"
               f"out         {cfg.out}, from step {start}")
         versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")}
         write_json(self.file.with_name("config.json"), {
-            "config": vars(cfg), "world_size": world, "python": sys.version, "versions": versions})
+            "config": vars(cfg), "world_size": world, "python": sys.version, "versions": versions,
+            "read_from": problem.sources})  # where they were cached: a hub's with their commit
         lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
         self.rows = [row for row in rows if row["step"] < start]  # the others will come again
@@ -1003,9 +1006,7 @@ class Log:
         if rank_and_world()[0] > 0:
             return
         if "loss" in row:
-            seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-            row |= {"pairs_per_s": self.cfg.batch / seconds,
-                    "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self.bar.update(self.cfg.batch)
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             if row["step"] == 0:
@@ -1034,7 +1035,6 @@ def draw_picture(problem, path, rows, *measured):
     """Draws policy and reference by toy/figure.py, or says why not: it is not worth a run."""
     try:
         from toy import figure
-        path.parent.mkdir(exist_ok=True)
         figure.draw(problem, path, rows, *measured)
         print(f"\nfigure      {path}")
     except Exception as error:
@@ -1118,7 +1118,7 @@ def parse(argv=None, flags=FLAGS):
     for flag, (options, *defaults, meaning) in flags.items():
         shown = ", ".join("-" if default is NO else str(default) for default in defaults)
         meaning += f" [{shown}]" if not {"None", "False"} & set(shown.split(", ")) else ""
-        parser.add_argument(f"--{flag}", help=meaning, **options)
+        parser.add_argument(f"--{flag}", **{"help": meaning} | options)
 
     def refuse(message):  # in one line, without argparse's usage
         raise Refusal(message)
@@ -1142,9 +1142,8 @@ def parse(argv=None, flags=FLAGS):
     cfg.decay = cfg.steps if toy else 0  # last steps, of falling rate
     if "micro_batch" not in given:
         cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)
-    at_once = world * (cfg.micro_batch if "micro_batch" in given else 1)
-    if cfg.batch % at_once and cfg.evaluate is None:
-        raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {at_once}")
+    if cfg.batch % (world * cfg.micro_batch) and cfg.evaluate is None:
+        raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {world * cfg.micro_batch}")
     if not toy and cfg.resolution % 8:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
     if not toy and cfg.eval_every and not cfg.eval_split:
@@ -1212,9 +1211,10 @@ def command():
     try:
         yield
     except (Refusal, OSError) as error:  # OSError: a folder not writable, a disk that is full
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            # An image worker's Refusal comes with its story before it.
-            print("\nerror:", str(error).rpartition("Refusal: ")[2], file=sys.stderr)
+        # An image worker's Refusal comes with its story before it, perhaps to this process alone.
+        _, alone, text = str(error).rpartition("Refusal: ")
+        if alone or isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\nerror:", text, file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"\nerror: {first_line(error)} Less memory: --micro-batch 1, --checkpointing on,"

@@ -13,11 +13,11 @@ printed as Markdown and written to toy/cost_memory.json and toy/cost_time.json.
 gradients, the states that the optimizer makes, and as activations what autograd keeps between
 forward and backward of one micro-batch in bf16, weights cast to bf16 included. Not counted: the
 CUDA context, the allocator's gaps, what the VAE needs while it encodes, and the block that
-checkpointing computes again. DDP's buckets hold the gradients.
+checkpointing computes again.
 
 `time` takes steps as the script takes them, of at most 4 micro-batches, and writes OUT/time.json.
 Times are those of process 0; on a GPU those at which its stream passed the marks, so that nothing
-waits to be timed. The loss counts as backward, and so does the exchange of gradients. Memory is the
+waits to be timed. The loss counts as backward, the exchange of gradients as rest. Memory is the
 peak within each part; on a CPU that of the process so far. Between the steps the floor is timed:
 forward and backward of the policy and forward of the reference for as many micro-batches that are
 in memory; to it comes the optimizer's time. (Workers read on meanwhile: a data wait shorter than
@@ -89,7 +89,7 @@ def build_pipeline(cfg, device):
     """The pipeline of --model: of the published ones the architecture, with random weights."""
     if cfg.model not in make_tiny.PUBLISHED:
         return dpo.load_pipeline(cfg.model)
-    torch.manual_seed(cfg.seed)  # the same on every process: DDP only spreads the policy
+    torch.manual_seed(cfg.seed)  # the same on every process
     return make_tiny.assemble(**make_tiny.PUBLISHED[cfg.model], device=device)
 
 
@@ -274,8 +274,6 @@ def time_steps(cfg, device):
         problem = dpo.StableDiffusion(few, device, build_pipeline(cfg, device),
                                       dpo.ImagePairs(few, cfg.split))
     policy = problem.policy
-    if world > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     optimizer = dpo.make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
 
     x_t, t, cond = inputs_in_memory(problem, cfg)
@@ -296,14 +294,14 @@ def time_steps(cfg, device):
     unreadable = 0
     clock.mark("start")
     for step in tqdm(range(few.steps), "steps", ncols=99, disable=rank > 0):
-        row = dpo.train_step(problem, policy, optimizer, batches, few, step, micro_step)
+        row = dpo.train_step(problem, optimizer, batches, few, step, micro_step)
         unreadable += row["unreadable"]
         clock.mark("rest")
         for _ in range(accumulation):
             with dpo.autocast(problem):
                 with torch.no_grad():
                     reference(x_t, t, **cond)
-                out = problem.policy.forward(x_t, t, **cond)  # past the hook, and past DDP
+                out = policy.forward(x_t, t, **cond)  # past the hook
             out.float().square().mean().backward()  # the next step begins with gradients of 0
         clock.mark("floor")
     if unreadable > max(1, few.steps * few.batch / 100):

@@ -36,6 +36,7 @@ def module_of(problem):
 def draw(problem, path, rows, *measured):
     """Draws a problem of diffusion_dpo.py to `path`: images, or the toy with its metrics `rows` and
     what its measure() gives, if that is known already."""
+    path.parent.mkdir(exist_ok=True)
     if hasattr(problem, "pipe"):
         draw_sheet(problem, path)
     else:

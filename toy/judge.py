@@ -107,15 +107,15 @@ def head_to_head(names, scores, embeds):
     return results
 
 
-def read_prompts(path):
-    """The lines of a file that are not empty, each once. Raises Refusal."""
+def read_prompts(flag, path):
+    """The lines of a file that are not empty, each once. Raises Refusal, which names the flag."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise dpo.Refusal(f"--prompts {path}: {error}") from error
+        raise dpo.Refusal(f"{flag} {path}: {error}") from error
     prompts = list(dict.fromkeys(line for line in lines if line.strip()))
     if not prompts:
-        raise dpo.Refusal(f"--prompts {path}: empty; it should hold a prompt per line")
+        raise dpo.Refusal(f"{flag} {path}: empty; it should hold a prompt per line")
     return prompts
 
 
@@ -183,7 +183,7 @@ def score_images(problem, jobs, paths, scorers):
 def compare(args):
     """Reference and policy draw the same prompts from the same noise; scorers judge. Writes
     comparison.json and comparison.png, which shows what the first scorer found."""
-    prompts, cfg, out = read_prompts(args.prompts), settings(args), Path(args.out)
+    prompts, cfg, out = read_prompts("--prompts", args.prompts), settings(args), Path(args.out)
     device = dpo.start_processes(torch.cuda.is_available())
     scorers = {name: load_scorer(name, device) for name in args.scorers.split(",")}
     problem = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))

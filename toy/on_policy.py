@@ -18,7 +18,6 @@ noisy images, it skips the first 4 of 20 steps and pairs that score alike; ours 
 import argparse
 import math
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -37,7 +36,8 @@ def flags_of(method):
     """diffusion_dpo.py's FLAGS, with those of these methods and their defaults."""
     beta, lr, batch, lora = DEFAULTS[method]
     outs = [f"runs/{preset}-{method}" for preset in dpo.PRESETS]
-    return dpo.FLAGS | {flag: (dpo.TEXT, NO, NO, NO, "not here") for flag in DEAD} | {
+    hidden = {"help": argparse.SUPPRESS}, NO, NO, NO, ""
+    return dpo.FLAGS | dict.fromkeys(DEAD, hidden) | {
         "method": ({"choices": tuple(DEFAULTS)}, method, method, method, "whose pairs"),
         "beta": (dpo.at_least(1e-9, float), *beta, "weight of the KL (released codes; toy: ours)"),
         "clip": (dpo.FACTOR, 0.0, 0.1, 0.1, "p_theta / p_ref is kept in 1 +- X (likewise)"),
@@ -95,7 +95,7 @@ def make_problem(cfg, device):
         return problem
     import judge
     if cfg.data.endswith(".txt"):
-        prompts = judge.read_prompts(cfg.data)
+        prompts = judge.read_prompts("--data", cfg.data)
     else:
         prompts = dpo.ImagePairs(cfg, cfg.split).prompts
     scorer = judge.load_scorer(cfg.scorer, device)
@@ -211,21 +211,18 @@ def clipped(error, reference, clip):
     return reference - (reference - error).clamp(math.log(1 - clip), math.log(1 + clip))
 
 
-def on_policy_step(problem, policy, batch, cfg, exchange):
+def on_policy_step(problem, batch, cfg):
     """dpo_step of these methods: the loss is a mean over pairs and steps, the activations of one
     step are held at a time. Returns the sums (8,) of METRICS over the pairs, means over steps."""
-    walk, sums = Walk(problem, batch, cfg), 0
-    count, world = cfg.sampling_steps - 1, dpo.rank_and_world()[1]
+    walk, sums, count = Walk(problem, batch, cfg), 0, cfg.sampling_steps - 1
     for x_t, x_next, i in steps(walk):
-        last = exchange and i == count - 1
-        with nullcontext() if last or policy is problem.policy else policy.no_sync():
-            with torch.no_grad():
-                ref_w, ref_l = walk.nats(problem.reference, x_t, x_next, i)
-            err_w, err_l = walk.nats(policy, x_t, x_next, i)
-            losses, logit = dpo.dpo_loss(clipped(err_w, ref_w, cfg.clip),
-                                         clipped(err_l, ref_l, cfg.clip), ref_w, ref_l,
-                                         cfg.beta, cfg.gamma)
-            (losses.sum() / count / (cfg.batch / world)).backward()
+        with torch.no_grad():
+            ref_w, ref_l = walk.nats(problem.reference, x_t, x_next, i)
+        err_w, err_l = walk.nats(problem.policy, x_t, x_next, i)
+        losses, logit = dpo.dpo_loss(clipped(err_w, ref_w, cfg.clip),
+                                     clipped(err_l, ref_l, cfg.clip), ref_w, ref_l,
+                                     cfg.beta, cfg.gamma)
+        (losses.sum() / count / cfg.batch).backward()
         right = (logit.sign() + 1) / 2
         values = torch.stack([losses, right, logit, logit**2, err_w, err_l, ref_w, ref_l])
         sums = sums + values.detach().sum(1) / count

@@ -65,7 +65,7 @@ def build(cfg, change):
         toy.reward = lambda x: 0 * x[:, 0]
         toy.pairs = dpo.ToyPairs(toy.reference, cfg.pairs, cfg.seed, toy.reward)
     if isinstance(change, float):
-        pairs = type("Pairs", (dpo.ToyPairs,), {"moved": change})
+        pairs = type("Pairs", (dpo.ToyPairs,), {"noisy": change})
         toy.pairs = pairs(toy.reference, cfg.pairs, cfg.seed)
     if change == "linear betas, constant weight":
         toy.weight = toy.weight.mean().expand(len(toy.weight))
@@ -83,7 +83,7 @@ def logits(toy, cfg):
         for shared in found:
             t = noise[0][0], noise[shared == "nothing"][0]
             eps = noise[0][1], noise[shared != "t and eps"][1]
-            sides = [dpo.pair_errors(toy, toy.policy, x_w, x_l, t[i], eps[i], {}) for i in (0, 1)]
+            sides = [dpo.pair_errors(toy, x_w, x_l, t[i], eps[i], {}) for i in (0, 1)]
             four = sides[0][0], sides[1][1], sides[0][2], sides[1][3]
             found[shared].append(dpo.dpo_loss(*four, cfg.beta, cfg.gamma)[1].detach())
     return {shared: torch.stack(each).std(0).mean().item() for shared, each in found.items()}
