@@ -59,28 +59,40 @@ def draw_images(problem, side, jobs):
     its own noise, the same for both sides; steps and guidance are the pipeline's own."""
     if not jobs:
         return []
-    dpo, pipe, size = module_of(problem), problem.pipe, problem.cfg.resolution
-    gens = [dpo.generator("draw", *job) for job in jobs]
+    pipe, size = problem.pipe, problem.cfg.resolution
+    gens = [module_of(problem).generator("draw", *job) for job in jobs]
+    # Not the pipeline's: that takes the type of the prompts, which is bf16 with --precision bf16.
+    noise = torch.stack([torch.randn(problem.shape, generator=gen) for gen in gens])
     pipe.set_progress_bar_config(disable=True)
-    with network_of(problem, side), dpo.autocast(problem):
-        return pipe([prompt for prompt, _ in jobs], height=size, width=size, generator=gens).images
+    with network_of(problem, side):
+        return pipe([prompt for prompt, _ in jobs], height=size, width=size, generator=gens,
+                    latents=noise.to(problem.weight.device)).images
 
 
 @contextmanager
 def network_of(problem, side):
-    """Within it, the pipeline draws with the network of "reference" or "policy"."""
-    pipe, policy, before = problem.pipe, problem.policy.unet, problem.pipe.unet
+    """Within it, the pipeline draws with the network of "reference" or "policy". Only that runs
+    under autocast: rounded between the steps or in the VAE, images of two policies would differ by
+    the rounding."""
+    pipe, policy, before = problem.pipe, problem.policy, problem.pipe.unet
     adapters_off = side == "reference" and problem.cfg.lora
+    pipe.unet = problem.reference.unet if side == "reference" and not adapters_off else policy.unet
+    forward = pipe.unet.forward
+
+    def in_fp32(*inputs, **more):
+        with module_of(problem).autocast(problem):
+            return [out.float() for out in forward(*inputs, **more)]
+
+    pipe.unet.forward = in_fp32
     if adapters_off:
-        policy.disable_adapters()
-    elif side == "reference":
-        pipe.unet = problem.reference.unet
+        policy.unet.disable_adapters()
     try:
         yield
     finally:
+        del pipe.unet.forward
         pipe.unet = before
         if adapters_off:
-            policy.enable_adapters()
+            policy.unet.enable_adapters()
 
 
 # --------------------------------------------------------------------------------------- the toy

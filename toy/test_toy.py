@@ -404,6 +404,27 @@ def test_samples_show_reference_and_policy(tiny, tmp_path, two_steps, precision,
     assert after.crop(right).tobytes() != before.crop(right).tobytes()
 
 
+@pytest.mark.parametrize("kind, lora", [("sd15", 0), ("sdxl", 0), ("sdxl", 2)])
+@pytest.mark.parametrize("side", judge.SIDES)
+def test_only_the_unet_rounds_a_picture(tiny, two_steps, kind, lora, side):
+    """With --precision bf16 latents stay fp32 between the steps, and are decoded in fp32; the UNet
+    runs under autocast, as in training."""
+    problem, seen = problem_of(tiny, kind, "--precision", "bf16", "--lora", str(lora)), []
+    decode = problem.pipe.vae.decode
+
+    def decode_and_look(latents, **more):
+        rounded = torch.equal(latents, latents.bfloat16().float())
+        seen.append((latents.dtype, rounded, torch.is_autocast_enabled("cpu")))
+        return decode(latents, **more)
+
+    problem.pipe.vae.decode, outs = decode_and_look, []
+    unet = problem.reference.unet if side == "reference" and not lora else problem.policy.unet
+    unet.conv_out.register_forward_hook(lambda module, args, out: outs.append(out.dtype))
+    figure.draw_images(problem, side, [("a cat", 0)])
+    assert seen == [(torch.float32, False, False)] and set(outs) == {torch.bfloat16}
+    assert "forward" not in vars(unet)
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_failed_picture_leaves_everything_in_place(tiny, monkeypatch, lora):
     """An exception while the reference draws turns neither the policy nor the pipeline into it."""
