@@ -1,7 +1,7 @@
 """Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SDXL.
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
-    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings
+    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings, but lr
 
 Given pairs of images (x_w, x_l) for a prompt c, of which people preferred x_w and rejected x_l,
 Diffusion-DPO (Wallace et al., CVPR 2024, arXiv:2311.12908) fine-tunes the policy p_theta against
@@ -23,13 +23,13 @@ Five steps lead to it:
  3. DPO reads this backwards: every policy is optimal for the reward that it implies,
         R = (beta + gamma) log p_theta - beta log p_ref + const(c),
     and that reward is fitted to the labels by 1. In R(x_w) - R(x_l) the constant cancels.
- 4. log p is not known for a diffusion model, but its lower bound is (here an inequality enters):
-        log p(x_0) >= ELBO = const - E over t, eps of [T omega_t || eps - eps_hat(x_t, t, c) ||^2].
-    It takes the place of log p_theta and of log p_ref.
- 5. The expectation is drawn. One (t, eps) gives -e + const(t) for log p_theta, -r + const(t) for
-    log p_ref: the logit above. (Here a second one enters: -log sigmoid is convex, so its mean over
-    draws is above that of the mean: Jensen. More draws (--draws; the paper's is one), averaged
-    inside, narrow it.)
+ 4. log p is not known for a diffusion model, but its lower bound is (the first inequality):
+        log p(x_0) >= ELBO = const - E over t, eps of [T omega_t ||eps - eps_theta(x_t, t, c)||^2].
+    It takes the place of log p_theta, and the reference's that of log p_ref.
+ 5. The expectation is drawn. One (t, eps) gives -e + const for log p_theta, -r + const for log
+    p_ref: the logit above. (The second inequality, Jensen's: -log sigmoid is convex, so the mean of
+    the losses of single draws is above the loss of the mean logit. More draws (--draws; the paper's
+    is one), averaged inside, narrow the gap.)
 
     paper            here                     shape
     x_0^w, x_0^l     x_w, x_l                 (B, *shape)  preferred, rejected sample (SD: latents)
@@ -41,17 +41,17 @@ Five steps lead to it:
 Where the paper, its released code and this file differ:
  1. beta. T omega_t is a constant in the paper; its code takes half the MEAN squared error, that is
     T omega_t = 1/(2d) for latents of d numbers. So do we for images: beta = 2000 and 5000 refer to
-    it (trainers without the half need half the beta). On the SUM of squares that is beta/(2d),
-    and the smaller it is, the longer the leash: 5000 on SD1.5 (d = 16,384) 0.153, on SDXL (d =
-    65,536) 0.038. In the toy T omega_t is the ELBO's, exactly, and beta is in nats.
+    it (trainers without the half need half the beta). On the SUM of squares that is beta/(2d), and
+    the smaller, the longer the leash to p_ref: 0.061 for 2000 on SD1.5 (d = 16,384), 0.153 for 5000
+    there, 0.038 on SDXL (d = 65,536). In the toy T omega_t is the ELBO's, and beta is in nats.
  2. Learning rate: the paper prints (2000 / beta) 2.048e-8; its launchers run 2.048e-5 (1e-8 times
-    2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5. It
-    rises for a quarter of the steps, as the paper says (the SDXL launcher: a tenth).
+    2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5,
+    at 5000 8.2e-6. It rises for a quarter of the steps, as in the paper (SDXL launcher: a tenth).
  3. t and eps. Eq. 14 has eps^w and eps^l; the code shares both t and eps in a pair, and so do we.
     Sharing eps is for the variance: in the toy the logit's standard deviation over draws is 1.33
-    with both shared, 2.53 with t alone, 4.73 with neither. Sharing t saves noise too, and for
-    gamma > 0 it is forced: with a t each, gamma (const(t_w) - const(t_l)) of step 5 would stay in
-    every logit. (At gamma = 0 const(t) cancels within an image, between policy and reference.)
+    with both shared, 2.53 with t alone, 4.73 with neither. What an error owes to t alone cancels at
+    gamma = 0 within an image, between policy and reference. gamma (e_w - e_l) has no reference
+    beside it: for gamma > 0 sharing t is forced.
  4. Crop, flip and caption dropout are drawn once per pair; the code draws the flip per image (and
     its launchers crop the centre). A dropped caption is what the pipeline means by no prompt: ""
     for SD1.5, zeros for SDXL (code: ""). A latent is the VAE's mean, not a sample as in the code.
@@ -113,7 +113,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
     One pair, by hand: errors 1.0 and 1.2, the reference's 1.1 and 1.0. The policy has moved
     towards x_w by 1.1 - 1.0 = 0.1 and away from x_l by 0.2. At beta = 2 the logit is
     2 (0.1 - -0.2) = 0.6 and the loss log(1 + e^-0.6) = 0.437. gamma = 1 adds 1 (1.2 - 1.0) = 0.2,
-    what the policy itself finds x_w more probable by: logit 0.8, loss 0.371. Collect the terms with
+    the policy's own log p(x_w) - log p(x_l): logit 0.8, loss 0.371. Collect the terms with
     theta, and SEE-DPO is DPO at beta + gamma plus a margin without theta, gamma (r_l - r_w):
     3 (0.1 - -0.2) + 1 (1.0 - 1.1) = 0.8 again.
 
@@ -124,21 +124,21 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)
     log_ratio_l = ref_err_l - err_l  # (B,)
     logit = beta * (log_ratio_w - log_ratio_l) - gamma * (err_w - err_l)  # (B,)
-    # Per pair: the mean over pairs comes after it. A saturated pair must not speak for others.
+    # Per pair: each is a label of its own, and a saturated one must not speak for the others.
     return -F.logsigmoid(logit), logit
 
 
 # -------------------------------------------------------------- 2. Noise, and the four errors
-# These need of a problem: policy and reference, called (x_t (N, *shape), t (N,), **cond) ->
-# prediction (N, *shape); alphas_cumprod and weight (T,); prediction, "epsilon" or "v_prediction".
+# A problem, Toy or StableDiffusion, has: policy and reference, called (x_t (N, *shape), t (N,),
+# **cond) -> (N, *shape); alphas_cumprod, weight (T,); prediction, "epsilon" or "v_prediction".
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,): with it, one draw of (t, eps) estimates minus the ELBO, up to a constant.
 
     The ELBO is a sum of KLs between Gaussians that share the variance of the forward posterior
     (DDPM, arXiv:2006.11239, Eq. 5, 8 and 12); each is omega_t ||eps - eps_hat||^2 with
-    omega_t = (SNR_{t-1} / SNR_t - 1) / 2. The last step has a decoder in its place, of a variance
-    that is free: ours weighs it like its neighbour. With log SNR linear in t omega_t is constant.
+    omega_t = (SNR_{t-1} / SNR_t - 1) / 2. At t = 0 stands a decoder, of a variance that is free:
+    we give it the omega of t = 1. With log SNR linear in t omega_t is constant.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)  # (T,)
     omega = (snr[:-1] / snr[1:] - 1) / 2  # (T - 1,)
@@ -152,8 +152,8 @@ def generator(*key):
 
 def draw_noise(seed, epoch, row, draws, T, shape):
     """t (K,) int64 and eps (K, *shape) fp32, K = draws: the noise of one pair in one epoch, on any
-    process and after any restart. Every draw has a uniform t and a normal eps; their mean varies
-    less than if they were independent: the t are evenly spaced and come with eps and with -eps."""
+    process and after any restart. Each t is uniform, each eps normal; so that means vary less, they
+    are not independent: evenly spaced t, each with eps and with -eps."""
     gen, half = generator(seed, "noise", epoch, row), (draws + 1) // 2
     t = (torch.randint(T, (1,), generator=gen) + torch.arange(half) * T // half) % T  # (half,)
     eps = torch.randn(half, *shape, generator=gen)  # (half, *shape)
@@ -184,12 +184,12 @@ def pair_errors(problem, x_w, x_l, t, eps, cond):
     # trainers we leave a model its own units.
     target = a_t * eps - s_t * x_0 if problem.prediction == "v_prediction" else eps
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
-        reference = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
+        ref_errors = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
     errors = weighted_errors(problem.policy, problem, x_t, t, target, cond)  # (2BK,)
     # The mean over draws comes here, before the log-sigmoid: in the toy 512 draws a step end at TV
     # 0.11 as 16 pairs of 32, at 0.39 as 512 pairs of one: a noisy logit teaches caution.
     err_w, err_l = errors.view(2, B, K).mean(2)  # (B,) each
-    ref_err_w, ref_err_l = reference.view(2, B, K).mean(2)
+    ref_err_w, ref_err_l = ref_errors.view(2, B, K).mean(2)
     return err_w, err_l, ref_err_w, ref_err_l
 
 
@@ -263,14 +263,14 @@ def toy_proxy(x):
 
 class ToyPairs:
     """n pairs, labelled by chance: by the Bradley-Terry model of `reward`. DPO learns only where
-    there are pairs, and for gamma > 0 p* is wider than p_ref: so half of the points (`noisy`) are
-    samples of the reference with noise of std 1/2 on top."""
+    there are pairs, and for gamma > 0 p* is wider than p_ref: so half of the points are samples of
+    the reference with noise of std 1/2 on top."""
 
-    noisy = 0.5
+    noisy_share = 0.5
 
     def __init__(self, ring, n, seed, reward=toy_reward):
         gen = generator(seed, "toy pairs")
-        noisy = torch.rand(2 * n, 1, generator=gen) < self.noisy  # (2n, 1)
+        noisy = torch.rand(2 * n, 1, generator=gen) < self.noisy_share  # (2n, 1)
         x = ring.sample(2 * n, gen) + 0.5 * noisy * torch.randn(2 * n, 2, generator=gen)  # (2n, 2)
         x_0, x_1 = x.chunk(2)  # (n, 2) each
         prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(reward(x_0) - reward(x_1))
@@ -408,7 +408,7 @@ def dpo_step(problem, batch, cfg):
 
 def train_step(problem, optimizer, batches, cfg, step, micro_step=dpo_step):
     """One optimizer step: gradients of cfg.batch pairs, accumulated, and an update. Returns the
-    metrics from before it. Raises Stop, the weights as they were, at a signal or a NaN."""
+    metrics from before it. At a signal or a NaN raises Stop, with the weights unchanged."""
     began, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
     rising, falling = (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay)
     lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, rising, falling)
@@ -419,11 +419,11 @@ def train_step(problem, optimizer, batches, cfg, step, micro_step=dpo_step):
         totals[:-1] += micro_step(problem, batch, cfg)
         totals[-1] += sum(map(bool, batch["unreadable"]))
     if dist.is_initialized():
-        # Once a step: DDP would hide this behind a micro-batch, one of 128 in the paper's run.
+        # Once a step: DDP would overlap it with the last of its 128 backwards: not worth it.
         for tensor in (totals, *[p.grad for p in parameters if p.grad is not None]):
             dist.all_reduce(tensor)
-    *means, unreadable = totals.tolist()  # only here the CPU waits for the GPU
-    row = {"step": step} | dict(zip(METRICS, (mean / cfg.batch for mean in means), strict=True))
+    *sums, unreadable = totals.tolist()  # only here the CPU waits for the GPU
+    row = {"step": step} | {name: x / cfg.batch for name, x in zip(METRICS, sums, strict=True)}
     row["logit_std"] = max(0.0, row.pop("logit_square") - row["reward_margin"] ** 2) ** 0.5
     grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()  # released code: 1
     row |= {"grad_norm": grad_norm, "lr": lr, "unreadable": int(unreadable),
@@ -466,7 +466,7 @@ def train(problem, cfg, micro_step=dpo_step):
             if step > start:
                 save_checkpoint(out, step, policy, optimizer, unreadable)
             log.bar.close()
-            print(f"{stop.args[0]}\nSaved in {out}: the policy after {step} steps.")
+            print(f"{stop.args[0]}\nEnded after {step} steps; {out} goes on from there.")
         gather(None)  # torchrun ends the others as soon as one is gone: wait for process 0
         sys.exit(stop.args[1])
     if rank == 0:
@@ -691,15 +691,15 @@ class StableDiffusion:
         if self.prediction not in ("epsilon", "v_prediction"):
             raise Refusal(f"--model {cfg.model}: predicts {self.prediction}, not epsilon or v")
         unet, bf16 = pipe.unet.float(), cfg.precision == "bf16"
-        pipe.vae.float().enable_slicing()  # in fp16 SDXL's would overflow (launcher: one mended)
+        pipe.vae.float().enable_slicing()  # SDXL's overflows in fp16 (launcher: another)
         encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder")]
         nn.ModuleList(encoders).to(torch.bfloat16 if bf16 else torch.float32)
         base = unet if cfg.lora else deepcopy(unet)
         frozen = nn.ModuleList([base, pipe.vae, *encoders]).requires_grad_(False)
         if bf16:
-            # Autocast rounds these at every use, the policy's too; the reference's never change, so
-            # round them once: half the memory, the same numbers. What is trained stays fp32: a bf16
-            # weight of 0.02 has a spacing of 1.2e-4: a step of 2e-5 leaves it where it is.
+            # Autocast rounds weights at every use. The reference's never change, so once is enough:
+            # half the memory, the same numbers. The trained ones stay fp32: near 0.02 bf16 has a
+            # spacing of 1.2e-4, and a step of 2e-5 would be lost.
             for module in base.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(torch.bfloat16)
@@ -751,7 +751,7 @@ class StableDiffusion:
             given = torch.tensor([[text != ""] for text in prompts]).to(prompt, non_blocking=True)
             cond = {"prompt": prompt * given[:, None], "text_embeds": pooled[0] * given}
         # Original size, corner of the crop, size: like the released code we say that all are whole.
-        # Told the truth, a pair would differ in c, and where sizes differ they predict the label.
+        # With the true sizes c would differ within a pair, and could betray the label.
         sizes = torch.tensor([1, 1, 0, 0, 1, 1], device=prompt.device) * float(self.cfg.resolution)
         return cond | {"time_ids": sizes.repeat(len(prompts), 1)}
 
@@ -911,7 +911,7 @@ def load_batches(problem, cfg, start):
                 named.add(why)
                 print(f"\nunreadable  {why}")
             yield batch
-    except GeneratorExit:  # not after Stop: then a second signal would end the saving
+    except GeneratorExit:  # after Stop they stay: a second Ctrl-C must not end the saving
         for number, handler in zip(STOPPING, before, strict=True):
             signal.signal(number, handler)
 
@@ -919,7 +919,7 @@ def load_batches(problem, cfg, start):
 @contextmanager
 def whole(path):
     """A place to write to that becomes `path`, file or folder, once it is on the disk: whenever the
-    machine dies, `path` is whole, or as it was before; a folder may be gone. Raises OSError."""
+    machine dies, `path` is whole, or as it was before, or (a folder) absent. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:

@@ -1024,7 +1024,7 @@ def test_too_many_unreadable_pairs_stop_the_run(tiny, tmp_path, capsys):
         assert stopped.value.code == 2
         printed = capsys.readouterr().out
         assert f"--data {path}: 2 pairs, over 1 %, are unreadable" in printed
-        assert "the policy after 2 steps" in printed
+        assert "Ended after 2 steps" in printed
         assert printed.count("unreadable  row 1: jpg_1, cannot identify image file") == named
     assert [row["unreadable"] for row in metrics(tmp_path / "run")] == [1, 1]
     assert not (tmp_path / "run" / "unet").exists()

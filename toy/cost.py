@@ -11,9 +11,9 @@ printed as Markdown and written to toy/cost_memory.json and toy/cost_time.json.
 
 `memory` builds the models on fake tensors: shapes and types without contents. It counts weights,
 gradients, the states that the optimizer makes, and as activations what autograd keeps between
-forward and backward of one micro-batch in bf16, weights cast to bf16 included. Not counted: the
-CUDA context, the allocator's gaps, what the VAE needs while it encodes, and the block that
-checkpointing computes again.
+forward and backward of one micro-batch in bf16, and autocast's bf16 copies of trained weights. Not
+counted: the CUDA context, the allocator's gaps, what the VAE needs while it encodes, and the block
+that checkpointing computes again. Loading needs less than training: parts are moved once cast.
 
 `time` takes steps as the script takes them, of at most 4 micro-batches, and writes OUT/time.json.
 Times are those of process 0; on a GPU those at which its stream passed the marks, so that nothing
@@ -121,6 +121,10 @@ def account(cfg):
                 setattr(module, name, nn.Parameter(fake, p.requires_grad))
         cond = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in cond.items()}
         found["activations"] = kept_by_autograd(policy, problem.shape, cond, cfg)
+        if cfg.checkpointing == "on" and cfg.precision == "bf16":  # else autograd has kept them
+            found["activations"] += sum(
+                2 * p.numel() for module in policy.modules() for p in module.parameters(False)
+                if p.requires_grad and isinstance(module, (nn.Linear, nn.Conv2d)))
         optimizer = dpo.make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.empty_like(p)

@@ -65,7 +65,7 @@ def build(cfg, change):
         toy.reward = lambda x: 0 * x[:, 0]
         toy.pairs = dpo.ToyPairs(toy.reference, cfg.pairs, cfg.seed, toy.reward)
     if isinstance(change, float):
-        pairs = type("Pairs", (dpo.ToyPairs,), {"noisy": change})
+        pairs = type("Pairs", (dpo.ToyPairs,), {"noisy_share": change})
         toy.pairs = pairs(toy.reference, cfg.pairs, cfg.seed)
     if change == "linear betas, constant weight":
         toy.weight = toy.weight.mean().expand(len(toy.weight))
