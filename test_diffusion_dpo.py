@@ -436,15 +436,15 @@ def test_unreadable_pairs_are_skipped_the_same_way_every_time(tmp_path):
     So does what may do harm: bombs, files elsewhere, formats for which PIL starts programs."""
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     broken = [jpeg(noise)[:900], b"GIF, honestly", b"", jpeg(size=(1, 1))]
-    rows = [pick(1.0, data, caption=str(i)) for i, data in enumerate(broken)]
-    rows = [*rows[:2], pick(caption="sound"), *rows[2:], pick(caption="last") | {"jpg_1": None}]
-    pairs = image_pairs(parquet(tmp_path / "pairs.parquet", [pick(0.5), *rows]))
+    a, b, c, d = broken = [pick(1.0, data) for data in broken]
+    rows = [pick(0.5), a, pick(caption="first"), b, pick(caption="sound"), c, d]
+    pairs = image_pairs(parquet(tmp_path / "pairs.parquet", [*rows, pick() | {"jpg_1": None}]))
     for _ in range(2):
-        items = [pairs[epoch, row] for epoch, row in ((0, 1), (0, 2), (3, 4), (0, 0))]
-        assert [item["prompt"] for item in items] == ["sound"] * 4
-        assert [item["unreadable"].count("row ") for item in items] == [1, 0, 4, 2]
-    assert "row 5: jpg_0, 1 x 1" in items[2]["unreadable"]
-    assert "truncated" in items[3]["unreadable"]
+        items = [pairs[epoch, row] for epoch, row in ((0, 0), (0, 2), (0, 3), (3, 5))]
+        assert [item["prompt"] for item in items] == ["first", "sound", "sound", "first"]
+        assert [item["unreadable"].count("row ") for item in items] == [1, 1, 0, 3]
+    assert "row 6: jpg_0, 1 x 1" in items[3]["unreadable"]
+    assert "truncated" in items[0]["unreadable"]
     (root := tmp_path / "own").mkdir()
     for place, data in {
             "bomb": jpeg(size=(8200, 8200), form="PNG"), "eps": jpeg(form="EPS"), "../up": jpeg(),
@@ -452,7 +452,7 @@ def test_unreadable_pairs_are_skipped_the_same_way_every_time(tmp_path):
         (root / place).write_bytes(data)
         with pytest.raises((ValueError, OSError), match="8200 x|cannot identify|I;16|not in the"):
             dpo.read_image({"path": place, "bytes": None}, root)
-    nothing = image_pairs(parquet(tmp_path / "none.parquet", rows[:2]))
+    nothing = image_pairs(parquet(tmp_path / "none.parquet", broken[:2]))
     with pytest.raises(dpo.Refusal, match="pair after pair; the last: row 1: jpg_0, can"):
         nothing[0, 0]
 

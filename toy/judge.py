@@ -291,6 +291,7 @@ def write_pairs(table, columns, labels, root, path):
                 pairs.append({"caption": values[caption], "jpg_0": jpgs[0], "jpg_1": jpgs[1],
                               "label_0": labels[row]})
             writer.write_table(pyarrow.Table.from_pylist(pairs, schema))
+            dpo.gather(None)  # the others wait for no longer than a piece takes
 
 
 def label(args):
@@ -316,6 +317,8 @@ def label(args):
         raise dpo.Refusal(f"--margin {args.margin:g}: no scores differ by more; a smaller one would"
                           " leave pairs")
     if dpo.rank_and_world()[0] > 0:
+        for _ in range(0, written, PIECE):
+            dpo.gather(None)
         return
     for torn in out.parent.glob(f".{out.name}.*.partial"):
         torn.unlink()  # of a run that was killed while it wrote

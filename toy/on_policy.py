@@ -11,8 +11,10 @@ D3PO (arXiv:2311.13231) draws two images per prompt; all steps of the one with t
 preferred. SPO (arXiv:2406.04314) draws --candidates for each step; by the score of the x_0 that
 they predict the best is preferred to the worst, and the walk goes on from any of them.
 
-In the released codes D3PO's images start from one x_T, ours from two. SPO's judge is trained on
-noisy images, it skips the first 4 of 20 steps and pairs that score alike; ours does not.
+In the released codes D3PO's images start from one x_T, ours from two; its times are 951, 901, ... 1
+and the step from 1 is random and trained, ours begin at T - 1 and the last, to x_0, is neither.
+SPO's judge is trained on noisy images, it skips the first 4 of 20 steps and pairs that score alike;
+ours does not.
 """
 
 import argparse
