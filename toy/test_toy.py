@@ -34,6 +34,7 @@ import figure
 import judge
 import make_tiny
 import on_policy
+import rounding
 import study
 
 import diffusion_dpo as dpo
@@ -1351,6 +1352,26 @@ def test_experiments_change_what_they_say():
     spread = [(built(moved).pairs.x_w.norm(dim=1) - 2).std() for moved in (0.0, 0.5, 1.0)]
     assert 0.9 * 0.5 < spread[0] < spread[1] < spread[2]
     assert torch.equal(built(0.5).pairs.x_w, toy.pairs.x_w)
+
+
+def test_rounding_is_measured(monkeypatch, tmp_path):
+    """Weights that hardly move make no logit in fp32, and noise in bf16, the less the more numbers
+    a latent has; and weights in two parts are the same network."""
+    (tmp_path / "toy").mkdir()
+    monkeypatch.setattr(rounding, "ROOT", tmp_path)
+    monkeypatch.setattr(rounding, "CASES", [("random", 16, 5000, rounding.MOVES[:1], (4, 8))])
+    monkeypatch.setattr(rounding, "sft", lambda *case: SimpleNamespace(error=1.0))
+    table = rounding.table
+    monkeypatch.setattr(rounding, "table", lambda rows: rows and table(rows))
+    rounding.main()
+    found = json.loads((tmp_path / "toy" / "rounding.json").read_text())
+    small, large = found["random, width 16, beta 5000"].values()
+    noise, logit = (f"{what}, 3 steps of 1e-8" for what in ("noise", "logit"))
+    assert max(small[logit] + large[logit]) < 0.02 < 0.3 < min(large[noise])
+    assert all(1.3 < a / b < 2.6 for a, b in zip(small[noise], large[noise], strict=True))
+    problem = rounding.moved(1, 1e-4, 16, 5000, 4, 0)
+    whole = rounding.logits(problem)
+    assert torch.allclose(rounding.logits(rounding.split(problem)), whole, atol=1e-2 * whole.std())
 
 
 @pytest.mark.parametrize("script, flags", [
