@@ -186,8 +186,9 @@ def test_clip_is_on_the_ratio_alone(gamma):
     assert bounds == [pytest.approx(0.683, abs=5e-4), pytest.approx(0.703, abs=5e-4)]
 
 
-def test_defaults_by_method():
-    """The settings of the released codes; flags that are given mean what they say."""
+def test_defaults_by_method(capsys):
+    """The settings of the released codes; flags that are given mean what they say, and --help names
+    none that mean nothing."""
     for model, rank, lr, batch in ("sd15", 4, 6e-5, 40), ("sdxl", 64, 1e-5, 16):
         d3po, spo = (on_policy.parse(["--model", model, "--data", "p.txt", "--method", method])
                      for method in ("d3po", "spo"))
@@ -198,6 +199,10 @@ def test_defaults_by_method():
     toy = on_policy.parse(["--toy", "--method", "spo", "--beta", "3"])
     assert (toy.beta, toy.clip, toy.candidates, toy.out) == (3, 0, 4, "runs/toy-spo")
     assert on_policy.parse(["--toy"]).method == "d3po"
+    with pytest.raises(SystemExit):
+        on_policy.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "--guidance" in shown and "--draws" not in shown
 
 
 def test_walk_from_zero_signal_is_finite():
@@ -292,15 +297,21 @@ def test_on_policy_by_two_processes_and_resumed(tmp_path, method):
 
 
 @pytest.mark.parametrize("kind, method", [("sd15", "d3po"), ("sdxl", "spo")])
-def test_on_policy_on_images(tiny, tmp_path, capsys, kind, method):
+def test_on_policy_on_images(tiny, tmp_path, capsys, monkeypatch, kind, method):
     """The real path, from a text file of prompts to a UNet that has moved: guidance, a CLIPModel
-    as the judge, the range of the loss in the start line, log 2 at step 0, a picture."""
+    as the judge, the range of the loss in the start line, log 2 at step 0; all under autocast."""
+    precision, dtype = ("fp32", torch.float32) if kind == "sd15" else ("bf16", torch.bfloat16)
+    dtypes = set()
+    forward = dpo.UNetPolicy.forward
+    monkeypatch.setattr(dpo.UNetPolicy, "forward", lambda policy, *x, **cond: (
+        out := forward(policy, *x, **cond), dtypes.add(out.dtype))[0])
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n\na green ground\n")
     on_policy.main([
         "--model", str(tiny / f"tiny-{kind}"), "--data", str(tmp_path / "prompts.txt"), "--scorer",
         str(tiny / "tiny-clip"), "--method", method, "--resolution", "64", "--batch", "2",
         "--steps", "2", "--sampling-steps", "3", "--lr", "1e-3", "--workers", "0", "--lora", "0",
-        "--sample-every", "0", "--out", str(tmp_path / "run")])
+        "--sample-every", "0", "--precision", precision, "--out", str(tmp_path / "run")])
+    assert dtypes == {dtype}
     printed = capsys.readouterr().out
     low, high = ("0.683", "0.703") if method == "d3po" else ("0.126", "2.133")
     assert f"keeps the loss in {low} to {high}" in printed and "of 3 pairs" in printed
@@ -1001,6 +1012,7 @@ def test_flags_save_memory(tiny):
         "--micro-batch 2", "", "--checkpointing on", "--lora 1"))
     assert plain["activations"] > 1.5 * half["activations"] > 1.5 * less["activations"] > 0
     assert lora["reference"] == plain["reference"] and lora["policy"] < plain["policy"] / 50
+    assert less["activations"] > 0.95 * plain["policy"] / 2  # autocast's copies stay
 
 
 def test_activations_by_hand():
