@@ -118,7 +118,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
     3 (0.1 - -0.2) + 1 (1.0 - 1.1) = 0.8 again.
 
     At step 0 policy = reference. With gamma = 0 the logit is 0 and the loss log 2 = 0.693, whatever
-    the pair; with gamma > 0 the margin is left, and the loss is another.
+    the pair; with gamma > 0 the margin is left, here -0.1: the loss is log(1 + e^0.1) = 0.744.
     """
     # The differences first: policy and reference nearly cancel, and beta is in the thousands.
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)

@@ -65,15 +65,14 @@ def errors(n=16, seed=0, dtype=torch.float32):
 
 
 def test_worked_example():
-    """The pair of dpo_loss's docstring: errors 1.0, 1.2, reference 1.1, 1.0, beta 2.
-
-    gamma 0: logit 2 ((1.1 - 1.0) - (1.0 - 1.2)) = 0.6, loss log(1 + e^-0.6) = 0.437488.
-    gamma 1: logit 0.6 - 1 (1.0 - 1.2) = 0.8, loss log(1 + e^-0.8) = 0.371101.
-    """
-    four = [torch.tensor([value]) for value in (1.0, 1.2, 1.1, 1.0)]
-    for gamma, expected in (0.0, (0.437488, 0.6)), (1.0, (0.371101, 0.8)):
-        results = [value.item() for value in dpo.dpo_loss(*four, 2.0, gamma)]
-        assert results == pytest.approx(expected, abs=1e-6)
+    """The pair of dpo_loss's docstring: errors 1.0, 1.2, reference 1.1, 1.0, beta 2. For gamma 0
+    logit 2 ((1.1 - 1.0) - (1.0 - 1.2)) = 0.6, loss log(1 + e^-0.6) = 0.437488; for gamma 1 logit
+    0.6 - 1 (1.0 - 1.2) = 0.8, loss 0.371101, and at step 0 the margin: logit -0.1, 0.744397."""
+    for four, gamma, *expected in (
+            ((1.0, 1.2, 1.1, 1.0), 0, 0.437488, 0.6), ((1.0, 1.2, 1.1, 1.0), 1, 0.371101, 0.8),
+            ((1.1, 1.0, 1.1, 1.0), 1, 0.744397, -0.1)):
+        results = dpo.dpo_loss(*(torch.tensor([value]) for value in four), 2.0, gamma)
+        assert [value.item() for value in results] == pytest.approx(expected, abs=1e-6)
 
 
 def literal_loss(e_w, e_l, r_w, r_l, beta, gamma):
