@@ -49,9 +49,8 @@ Where the paper, its released code and this file differ:
     at 5000 8.2e-6. It rises for a quarter of the steps, as in the paper (SDXL launcher: a tenth).
  3. t and eps. Eq. 14 has eps^w and eps^l; the code shares both t and eps in a pair, and so do we.
     Sharing eps is for the variance: in the toy the logit's standard deviation over draws is 1.33
-    with both shared, 2.53 with t alone, 4.73 with neither. What an error owes to t alone cancels at
-    gamma = 0 within an image, between policy and reference. gamma (e_w - e_l) has no reference
-    beside it: for gamma > 0 sharing t is forced.
+    with both shared, 2.53 with t alone, 4.73 with neither. At gamma = 0 what an error owes to t
+    cancels between policy and reference; in gamma (e_w - e_l) only if the halves share t.
  4. Crop, flip and caption dropout are drawn once per pair; the code draws the flip per image (and
     its launchers crop the centre). A dropped caption is what the pipeline means by no prompt: ""
     for SD1.5, zeros for SDXL (code: ""). A latent is the VAE's mean, not a sample as in the code.
@@ -232,9 +231,8 @@ class ToyPolicy(nn.Module):
     def __init__(self, ring, seed, width=128):
         super().__init__()
         self.ring, self.log_snr = ring, torch.logit(ring.alphas_cumprod)
-        with torch.random.fork_rng(devices=[]):  # the CPU's alone
-            torch.default_generator.manual_seed(seed)
-            first, second, last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)
+        torch.manual_seed(seed)
+        first, second, last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
@@ -519,12 +517,12 @@ def load_pairs(data, split):
 def read_image(value, root):
     """An upright RGB image from {"bytes": ..., "path": ...}, however it was stored. The data may be
     a stranger's. Raises whatever PIL raises if it cannot, and ValueError if it should not."""
-    if not value["bytes"] and {"/", ".."} & {*Path(value["path"]).parts}:
-        raise ValueError(f"{value['path']} is not in the folder of the data")
     file = BytesIO(value["bytes"]) if value["bytes"] else root / value["path"]
+    if not value["bytes"] and (root not in file.parents or ".." in file.relative_to(root).parts):
+        raise ValueError(f"{value['path']} is not in the folder of the data")
     image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))  # others may start programs
-    # A failed download, a bomb, or 16 bits, which would be clipped at 255 instead of scaled.
-    if min(image.size) < 8 or math.prod(image.size) > 2**26 or image.mode[0] in "IF":
+    short, long = sorted(image.size)  # a failed download, a bomb, 16 bits (PIL would clip them)
+    if short < 8 or short * long > 2**25 or long > 32 * short or image.mode[0] in "IF":
         raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -634,11 +632,10 @@ class LoraPolicy(UNetPolicy):
     def __init__(self, unet, rank, seed):
         import peft
         super().__init__(unet.requires_grad_(False))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            unet.add_adapter(peft.LoraConfig(
-                r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))  # as diffusers' examples do
+        torch.manual_seed(seed)
+        unet.add_adapter(peft.LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"]))  # as diffusers' examples do
         self.adapters = {"unet." + name.replace(".default", ""): p  # as diffusers names them
                          for name, p in unet.named_parameters() if p.requires_grad}
         for p in self.adapters.values():
@@ -662,8 +659,10 @@ class LoraPolicy(UNetPolicy):
         saved = {name.replace("lora.down", "lora_A").replace("lora.up", "lora_B"): value
                  for name, value in load_file(folder / LORA_WEIGHTS).items()}  # by older names, too
         shapes = [{name: p.shape for name, p in each.items()} for each in (saved, self.adapters)]
-        if shapes[0] != shapes[1]:
-            raise ValueError("not adapters of this rank for this UNet")
+        with safe_open(folder / LORA_WEIGHTS, "pt") as file:  # diffusers notes rank and alpha there
+            noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        if shapes[0] != shapes[1] or noted.get("unet.lora_alpha") != noted.get("unet.r"):
+            raise ValueError("not adapters of this rank for this UNet, with alpha = rank")
         for name, p in self.adapters.items():
             p.data.copy_(saved[name])
 
@@ -688,8 +687,9 @@ class StableDiffusion:
         self.sources = pipe.unet.config.get("_name_or_path"), getattr(pairs, "source", None)
         schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         self.prediction = schedule.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise Refusal(f"--model {cfg.model}: predicts {self.prediction}, not epsilon or v")
+        known = "beta_start" in pipe.scheduler.config  # or its noise would be another model's
+        if not known or self.prediction not in ("epsilon", "v_prediction"):
+            raise Refusal(f"--model {cfg.model}: it should predict epsilon or v, with DDPM's noise")
         unet, bf16 = pipe.unet.float(), cfg.precision == "bf16"
         pipe.vae.float().enable_slicing()  # SDXL's overflows in fp16 (launcher: another)
         encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder")]
@@ -766,13 +766,13 @@ def cache_latents(pairs, problem):
     from datasets.fingerprint import Hasher
     cfg, (rank, world) = problem.cfg, rank_and_world()
     changed = [(str(file), file.stat().st_mtime_ns) for place in (cfg.data, cfg.model)
-               for file in sorted(Path(place).rglob("*"))]  # images may change without the table
+               for file in sorted(Path(place).rglob("*"))  # images may change without the table
+               if not {Path(cfg.cache), Path(cfg.out)} & {file, *file.parents}]
     mark = Hasher.hash([pairs.table._fingerprint, pairs.labels, changed, cfg.model, cfg.resolution,
                         cfg.precision])
     folder = gather(Path(cfg.cache) / mark)[0]  # another machine may see other times of change
     folder.mkdir(parents=True, exist_ok=True)
-    # For bf16 runs fp16, which is as short and three bits closer to what encoding would give.
-    dtype = torch.float16 if cfg.precision == "bf16" else torch.float32
+    dtype = torch.float16 if cfg.precision == "bf16" else torch.float32  # bf16 has 3 bits less
     for turn in tqdm(range(0, len(pairs), CHUNK * world), "cache", ncols=99, disable=rank > 0):
         rows = range(len(pairs))[turn + rank * CHUNK:][:CHUNK]
         file = cache_file(folder, turn + rank * CHUNK)
@@ -826,17 +826,17 @@ def evaluate(problem, cfg):
 
 def load_policy(policy, named):
     """Puts weights into `policy`: those of a folder, or of a run's (what it ended with, or else its
-    newest checkpoint that is whole). Returns their folder. Raises Refusal."""
-    why = f"{named}: no policy in it, that is no {policy.folder}/*.safetensors"
-    checkpoints = sorted(Path(named).glob(f"checkpoint-*/{policy.folder}"), reverse=True)
-    for place in (Path(named), Path(named, policy.folder), *checkpoints):
-        if any(place.glob("*.safetensors")):
-            try:
-                policy.load(place)
-                return place
-            except Exception as error:  # a torn file, weights of another model
-                why = f"{place}: {first_line(error)}; it should fit --model"
-    raise Refusal(why)
+    newest checkpoint). Returns the folder. Raises Refusal."""
+    places = [Path(named), Path(named, policy.folder),
+              *sorted(Path(named).glob(f"checkpoint-[0-9]*/{policy.folder}"), reverse=True)]
+    places = [place for place in places if any(place.glob("*.safetensors"))]
+    if not places:
+        raise Refusal(f"{named}: no policy in it, that is no {policy.folder}/*.safetensors")
+    try:
+        policy.load(places[0])
+    except Exception as error:  # a torn file, weights of another model
+        raise Refusal(f"{places[0]}: {first_line(error)}; it should fit --model") from error
+    return places[0]
 
 
 def report_evaluation(problem, cfg):
@@ -939,12 +939,12 @@ def write_json(path, content):
 
 def save_checkpoint(out, step, policy, optimizer, unreadable):
     """Writes OUT/checkpoint-STEP, all that a restart needs. Two are kept. Raises OSError."""
-    torn = [*out.glob(".checkpoint-*.partial")]
+    torn = [path for path in out.glob(".*.partial") if path.is_dir()]
     with whole(out / f"checkpoint-{step:08d}") as partial:
         policy.save(partial / policy.folder)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         write_json(partial / "state.json", {"step": step, "unreadable": unreadable})
-    for old in (*torn, *sorted(out.glob("checkpoint-*"), key=os.path.getmtime)[:-2]):
+    for old in (*torn, *sorted(out.glob("checkpoint-[0-9]*"), key=os.path.getmtime)[:-2]):
         shutil.rmtree(old)
 
 
@@ -952,7 +952,7 @@ def load_checkpoint(out, policy, optimizer):
     """Reads the newest checkpoint that is whole. Returns the step to go on from, and how many pairs
     were unreadable. Raises Refusal if there are checkpoints, and none is whole."""
     wrong, found = {}, (0, 0)
-    for folder in sorted(out.glob("checkpoint-*"), reverse=True):
+    for folder in sorted(out.glob("checkpoint-[0-9]*"), reverse=True):
         try:
             state = json.loads((folder / "state.json").read_text())
             saved = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)
@@ -964,8 +964,9 @@ def load_checkpoint(out, policy, optimizer):
             wrong[folder.name] = first_line(error)
     if wrong and not found[0]:
         raise Refusal(f"--out {out}: no checkpoint can be read ({wrong})")
-    if len(set(gather(found))) > 1:
-        raise Refusal(f"--out {out}: it should be on a disk that all machines share")
+    mine = found, [p.flatten()[0].item() for p in policy.parameters()]  # no weights are sent
+    if any(each != mine for each in gather(mine)):
+        raise Refusal(f"--out {out}: it should be on a disk that all share, and --model the same")
     if wrong and rank_and_world()[0] == 0:
         print(f"WARNING     broken checkpoints are passed over: {wrong}")
     return found
@@ -1131,7 +1132,6 @@ def parse(argv=None, flags=FLAGS):
         if name in given and default is NO:
             raise Refusal(f"--{flag} means nothing to --model {cfg.model}")
         setattr(cfg, name, given.get(name, None if default is NO else default))
-    # The defaults that depend on other flags.
     world, toy = int(os.environ.get("WORLD_SIZE", 1)), cfg.preset == "toy"
     rate = 2.048e-6 if cfg.method == "sft" else 2000 / cfg.beta * 2.048e-5
     precision = "bf16" if torch.cuda.is_available() else "fp32"
@@ -1216,12 +1216,12 @@ def command():
         if alone or isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print("\nerror:", text, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the training handles it by itself
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         print(f"\nerror: {first_line(error)} Less memory: --micro-batch 1, --checkpointing on,"
               " --optimizer adafactor, --lora 16.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the training, which handles it by itself
-        sys.exit(130)
     finally:  # image workers ignore signals: an exit after an error would wait for them for ever
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader complains of their end
         for worker in torch.multiprocessing.active_children():

@@ -35,11 +35,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import pyarrow
 import pyarrow.parquet
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
@@ -148,7 +150,13 @@ def kept_by_autograd(policy, shape, cond, cfg):
 
     n = len(cond["prompt"])
     x_t, t = torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64)
-    with (torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"),
+
+    def as_on_cuda(norm):  # there autocast has these in fp32, on a CPU it does not
+        return mock.patch.object(F, norm.__name__, lambda x, *more, **how: norm(
+            x.float(), *more, **how))
+
+    with (as_on_cuda(F.group_norm), as_on_cuda(F.layer_norm),
+          torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"),
           torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
         policy(x_t, t, **cond).float().square().sum()
     return sum(storage.nbytes() for storage in kept.values())
@@ -327,8 +335,9 @@ def summary(cfg, few, steps, peaks, flops, rate):
     peaks = {part: peaks[part] for part in PARTS}
     whole = parts["all"] = sum(parts.values())
     peaks["all"] = max(peaks.values())
-    # A step of the run has more micro-batches, and still one update.
-    step = cfg.batch / few.batch * (whole - parts["optimizer"]) + parts["optimizer"]
+    # A step of the run has more micro-batches, and still one exchange of gradients and one update.
+    once = parts["rest"] + parts["optimizer"]
+    step = cfg.batch / few.batch * (whole - once) + once
     gpu = torch.cuda.is_available()
     return {"ratio_to_floor": statistics.median(ratios),
             "seconds_per_pair": whole / few.batch, "seconds_per_step": step,
