@@ -424,11 +424,11 @@ def train_step(problem, optimizer, batches, cfg, step, micro_step=dpo_step):
     row = {"step": step} | {name: x / cfg.batch for name, x in zip(METRICS, sums, strict=True)}
     row["logit_std"] = max(0.0, row.pop("logit_square") - row["reward_margin"] ** 2) ** 0.5
     grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()  # released code: 1
-    row |= {"grad_norm": grad_norm, "lr": lr, "unreadable": int(unreadable),
-            "pairs_per_s": cfg.batch / (time.perf_counter() - began)}
+    row |= {"grad_norm": grad_norm, "lr": lr, "unreadable": int(unreadable)}
     if not all(map(math.isfinite, row.values())):
         raise Stop(f"Step {step} is not finite and not taken: {row}. Lower --lr, new --out.", 1)
     optimizer.step()
+    row["pairs_per_s"] = cfg.batch / (time.perf_counter() - began)
     return row
 
 
