@@ -979,8 +979,8 @@ def test_sdxl_by_torchrun(tiny, tmp_path):
     """The real path: tiny SDXL, 2 processes that fill one cache, image workers, checkpointing,
     Adafactor, evaluation in training. SIGTERM to the second process and its workers makes the first
     one save, and both leave; the same command goes on; the UNet then loads by from_pretrained, has
-    moved, and equals that of one process that was never stopped, as do --evaluate's numbers. The
-    rate of images is constant after the warm-up."""
+    moved, and equals that of one process that was never stopped, as do the numbers of evaluations.
+    The rate of images is constant after the warm-up."""
     argv = ["--model", tiny / "tiny-sdxl", "--data", tiny / "pairs.parquet", "--resolution", "64",
             "--batch", "4", "--steps", "4", "--lr", "1e-3", "--sample-every", "0", "--eval-split",
             "train[:9]", "--eval-every", "2", "--cache", tmp_path / "cache", "--warmup", "2"]
@@ -1003,10 +1003,6 @@ def test_sdxl_by_torchrun(tiny, tmp_path):
     for row, other in zip(metrics(tmp_path / "two"), rows, strict=True):
         for name in {"loss", "err_policy_l", "held_out_rise_w", "held_out_rise_l"} & row.keys():
             assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
-    run(*two, "--evaluate", processes=2)
-    numbers = json.loads((tmp_path / "two" / "evaluation.json").read_text())
-    for name in "accuracy", "rise_w", "rise_l", "pairs":
-        assert numbers[name] == pytest.approx(rows[-1][f"held_out_{name}"], rel=1e-3, abs=1e-5)
 
 
 def test_training_in_bf16_starts_at_log_2(tiny, tmp_path):
