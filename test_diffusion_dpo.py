@@ -559,7 +559,7 @@ def test_stable_diffusion_errors_by_hand(tiny):
 
 def test_v_prediction_and_folder_not_name(tiny, tmp_path):
     """Architecture and prediction type come from the folder, whatever it is called; a model whose
-    noise is not DDPM's (EDM, flow) is refused."""
+    noise is not DDPM's (EDM, flow) is refused, and weights that would be unpickled."""
     make_tiny.make_model(tmp_path / "tiny-sd15", "sdxl", prediction_type="v_prediction")
     cfg = sd_config(tmp_path, "sd15", "--data", str(tiny / "pairs.parquet"))
     assert (cfg.preset, cfg.beta, cfg.optimizer) == ("sdxl", 5000.0, "adafactor")
@@ -568,6 +568,11 @@ def test_v_prediction_and_folder_not_name(tiny, tmp_path):
     pipe.scheduler = diffusers.EDMEulerScheduler()
     with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
         dpo.StableDiffusion(cfg, "cpu", pipe)
+    unet = tmp_path / "tiny-sd15" / "unet" / dpo.WEIGHTS
+    torch.save(load_file(unet), unet.with_suffix(".bin"))
+    unet.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        dpo.load_pipeline(cfg.model)
 
 
 def test_optimizers_are_the_released_ones():
@@ -909,9 +914,11 @@ def test_no_whole_checkpoint_is_no_new_run(tmp_path, capsys, monkeypatch):
 
     out = tmp_path / "run"
     train(*TOY, "--out", out)
+    shutil.copytree(out / "checkpoint-00000006", out / "checkpoint-best")  # a user's copy
+    found = out, dpo.Toy(dpo.parse(TOY)).policy, SimpleNamespace(load_state_dict=dict)
+    assert dpo.load_checkpoint(*found) == (8, 0)
     torch.save(Evil(), out / "checkpoint-00000008" / "optimizer.pt")
-    assert dpo.load_checkpoint(out, dpo.Toy(dpo.parse(TOY)).policy, SimpleNamespace(
-        load_state_dict=dict)) == (6, 0)
+    assert dpo.load_checkpoint(*found) == (6, 0)
     assert "passed over: {'checkpoint-00000008'" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(dpo.Refusal, match="--model the same"):
         patch.setattr(dpo, "gather", lambda mine: [mine, (mine[0], [0.0])])
@@ -919,7 +926,7 @@ def test_no_whole_checkpoint_is_no_new_run(tmp_path, capsys, monkeypatch):
     (out / "checkpoint-00000006" / "optimizer.pt").write_bytes(b"torn")
     with pytest.raises(dpo.Refusal, match="no checkpoint can be read .*0008.*0006"):
         train(*TOY, "--out", out)
-    assert len([*out.glob("checkpoint-*")]) == 2 and not (tmp_path / "evil").exists()
+    assert len([*out.glob("checkpoint-*")]) == 3 and not (tmp_path / "evil").exists()
 
 
 def test_non_finite_loss_stops_before_the_weights(tmp_path):
