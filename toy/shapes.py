@@ -1,6 +1,6 @@
 """Pictures that get better: a tiny Stable Diffusion that can draw, and pairs of its own drawings.
 
-    python toy/shapes.py               # makes toy/tiny-shapes, once; under 10 minutes on two cores
+    python toy/shapes.py               # makes toy/tiny-shapes, once; a quarter of an hour
     python toy/shapes.py look RUN      # what a training has changed; RUN/look.png, RUN/look.json
 
 It knows 36 captions, "a red circle on a blue ground" and the like, and is made as the published
