@@ -1,4 +1,4 @@
-"""Pictures that get better: a tiny Stable Diffusion that can draw, and pairs of its own drawings.
+"""A tiny Stable Diffusion that can draw, pairs of its own drawings, and what a training changes.
 
     python toy/shapes.py               # makes toy/tiny-shapes, once; a quarter of an hour
     python toy/shapes.py look RUN      # what a training has changed; RUN/look.png, RUN/look.json

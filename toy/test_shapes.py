@@ -1,7 +1,6 @@
 """Proof that toy/shapes.py makes what it says. Each test's docstring is one claim.
 
     pytest toy/test_shapes.py             # seconds
-    pytest toy/test_shapes.py -m slow     # a model that draws, and DPO on it: a quarter of an hour
 """
 
 import io
@@ -191,22 +190,3 @@ def test_killed_it_leaves_no_half_made_model(brief, tmp_path, capsys, monkeypatc
         with pytest.raises(SystemExit):
             shapes.main([*line[:-1], str(tmp_path / line[-1])])
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_dpo_makes_pictures_better(tmp_path):
-    """By the README's commands on fewer pairs: the base draws what most captions say; the true
-    reward rises by more than three standard errors, the held-out accuracy by more than two."""
-    folder, out = tmp_path / "tiny-shapes", tmp_path / "run"
-    assert shapes.build(folder, 0, shapes.SIZES | {"pairs": 800})["match"] > 0.5
-    dpo.main(["--model", str(folder), "--data", str(folder / "pairs.parquet"), "--resolution", "32",
-              "--split", "train[:-200]", "--eval-split", "train[-200:]", "--eval-every", "300",
-              "--beta", "500", "--lr", "3e-5", "--batch", "32", "--micro-batch", "32", "--steps",
-              "300", "--sample-every", "0", "--out", str(out)])
-    shapes.main(["look", str(out), "--images", "5"])
-    numbers = json.loads((out / "look.json").read_text())
-    rise = numbers["reward_policy"] - numbers["reward_reference"]
-    assert rise > 3 * numbers["reward_standard_error"], numbers
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    accuracy, error = (rows[-1][f"held_out_{name}"] for name in ("accuracy", "standard_error"))
-    assert accuracy - 0.5 > 2 * error
