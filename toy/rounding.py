@@ -8,6 +8,7 @@ twice from the same weights, under autocast and in fp32: the difference is the n
 UNets have learnt to denoise such latents, 16 wide (by --method sft), "random" ones nothing.
 """
 
+import argparse
 import copy
 import functools
 import itertools
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
@@ -110,7 +112,8 @@ def main():
     found, remedies = {}, defaultdict(lambda: defaultdict(list))
     for kind, width, beta, moves, sides in CASES:
         rows = found[f"{kind}, width {width}, beta {beta}"] = defaultdict(lambda: defaultdict(list))
-        for side, seed, (name, steps, lr) in itertools.product(sides, range(3), moves):
+        runs = [*itertools.product(sides, range(3), moves)]
+        for side, seed, (name, steps, lr) in tqdm(runs, f"{kind}, {width} wide", ncols=99):
             start = sft(width, 5000, 16, seed) if kind == "trained" else None
             case = width, beta, side, seed, start and start.policy.unet.state_dict()
             problem = moved(steps, lr, *case)
@@ -141,4 +144,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help
     main()

@@ -227,6 +227,8 @@ def look(args):
     cfg = judge.settings(argparse.Namespace(policy=folder, **more))
     device = dpo.start_processes(torch.cuda.is_available())
     problem = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
+    if (cfg.resolution, *problem.shape) != (SIDE, 4, 8, 8):
+        raise dpo.Refusal(f"{folder}: of {cfg.model}; it should be a run of toy/tiny-shapes")
     dpo.load_policy(problem.policy, folder)
     jobs = [(caption, number) for number in range(args.images) for caption in CAPTIONS]
     images, found, true_reward = {}, {}, TrueReward()

@@ -168,6 +168,15 @@ def test_what_it_says_to_run_next(made, brief, tmp_path, capsys, monkeypatch):
         assert same == (lr == "0"), numbers
 
 
+def test_look_at_another_models_run_is_refused(tiny, tmp_path, capsys):
+    """It is one line, not an error of shapes."""
+    config = {"config": {"model": str(tiny / "tiny-sd15"), "resolution": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="2"):
+        shapes.main(["look", str(tmp_path)])
+    assert "should be a run of toy/tiny-shapes" in capsys.readouterr().err
+
+
 def test_killed_it_leaves_no_half_made_model(brief, tmp_path, capsys, monkeypatch):
     """While it is written the folder is not there; what a killed call has left goes with the next;
     and a folder of something else stays as it is."""
