@@ -479,11 +479,17 @@ DEFAULT_DATA = "data-is-better-together/open-image-preferences-v1-binarized"  # 
 COLUMNS = (  # caption, two images, label of the first image (None: it is the preferred one)
     ("caption", "jpg_0", "jpg_1", "label_0"),  # Pick-a-Pic
     ("prompt", "chosen", "rejected", None),  # open-image-preferences-v1-binarized
+    ("prompt", "path1", "path2", None),  # HPDv3
     ("prompt", "preferred", "rejected", None))  # pairs.jsonl
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def root_of(data):
+    """Where the paths in --data begin: the folder that it names, or in which a JSON file lies."""
+    return Path(data).parent if data.endswith((".json", ".jsonl")) else Path(data)
 
 
 def load_pairs(data, split):
@@ -495,7 +501,7 @@ def load_pairs(data, split):
     if Path(data, "pairs.jsonl").is_file():
         path, files = "json", f"{data}/pairs.jsonl"
     elif Path(data).is_file():
-        path, files = "parquet", data
+        path, files = "json" if root_of(data) != Path(data) else "parquet", data
     try:  # else a folder of parquet files, or a hub id
         table = datasets.load_dataset(path, data_files=files, split=split)
         have = table.column_names
@@ -548,7 +554,7 @@ class ImagePairs:
             raise Refusal(f"--data {cfg.data}: all {len(labels)} pairs of split {split} are ties")
         self.table, self.labels = table.select(untied), [labels[row] for row in untied]
         self.source = table.cache_files[0]["filename"]
-        self.cfg, self.root, self.rows = cfg, Path(cfg.data), untied  # rows: the user's numbers
+        self.cfg, self.root, self.rows = cfg, root_of(cfg.data), untied  # rows: the user's numbers
         self.captions = self.table.select_columns(self.columns[0])  # without copies of the images
         self.prompts = [prompt or "" for prompt in self.captions.unique(self.columns[0])]
         self.cache = None  # see cache_latents
@@ -652,8 +658,11 @@ class LoraPolicy(UNetPolicy):
         return prediction
 
     def save(self, folder):  # the UNet's own save_lora_adapter writes names that pipelines miss
+        from diffusers.utils import convert_state_dict_to_kohya
         folder.mkdir(parents=True)
-        save_file({name: p.detach() for name, p in self.adapters.items()}, folder / LORA_WEIGHTS)
+        adapters = {name: p.detach() for name, p in self.adapters.items()}
+        save_file(adapters, folder / LORA_WEIGHTS)
+        save_file(convert_state_dict_to_kohya(adapters), folder / "kohya.safetensors")
 
     def load(self, folder):
         saved = {name.replace("lora.down", "lora_A").replace("lora.up", "lora_B"): value
@@ -765,7 +774,7 @@ def cache_latents(pairs, problem):
     process its share; without random crop and flip, which would need an encoding each."""
     from datasets.fingerprint import Hasher
     cfg, (rank, world) = problem.cfg, rank_and_world()
-    changed = [(str(file), file.stat().st_mtime_ns) for place in (cfg.data, cfg.model)
+    changed = [(str(file), file.stat().st_mtime_ns) for place in (pairs.root, cfg.model)
                for file in sorted(Path(place).rglob("*"))  # images may change without the table
                if not {Path(cfg.cache), Path(cfg.out)} & {file, *file.parents}]
     mark = Hasher.hash([pairs.table._fingerprint, pairs.labels, changed, cfg.model, cfg.resolution,
@@ -1075,7 +1084,7 @@ FLAGS = {
     "beta": (at_least(1e-9, float), 0.5, 2000.0, 5000.0, "weight of the KL (paper 5.1; toy: ours)"),
     "gamma": (FACTOR, 0.0, 0.0, 0.0, "weight of the entropy; images: 0.01 to 0.05 beta (ours)"),
     "draws": (COUNT, 64, 1, 1, "draws of (t, eps) per pair (paper; toy: ours)"),
-    "data": (TEXT, NO, DEFAULT_DATA, DEFAULT_DATA, "hub id, parquet file, or folder"),
+    "data": (TEXT, NO, DEFAULT_DATA, DEFAULT_DATA, "hub id, parquet or JSON file, or folder"),
     "split": (TEXT, NO, "train", "train", "the pairs to train on; a part: train[:-500]"),
     "resolution": (at_least(8, int), NO, 512, 1024, "pixels a side (the models' own)"),
     "caption-dropout": (FACTOR, NO, 0.2, 0.2, "share of pairs without caption (released code)"),

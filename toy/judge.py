@@ -257,7 +257,8 @@ def score_pairs(table, columns, args, device, folder):
     its share."""
     from datasets.fingerprint import Hasher
     score, (rank, world) = load_scorer(args.scorer, device), dpo.rank_and_world()
-    places = args.data, *args.scorer.split("+")
+    root = dpo.root_of(args.data)
+    places = root, *args.scorer.split("+")
     changed = [modified(place, but=folder) for place in places]  # --out may lie in --data
     mark = Hasher.hash([table._fingerprint, args.scorer, changed])
     mark = dpo.gather(mark)[0]  # another machine may see other times of change
@@ -268,7 +269,7 @@ def score_pairs(table, columns, args, device, folder):
         piece = turn + rank
         if piece < len(files) and not files[piece].exists():
             rows = range(len(table))[starts[piece]:][:PIECE]
-            dpo.write_json(files[piece], [difference(table[row], columns, Path(args.data), score)
+            dpo.write_json(files[piece], [difference(table[row], columns, root, score)
                                           for row in rows])
         dpo.gather(None)  # nobody has to wait for longer than a piece takes
     return [by for file in files for by in json.loads(file.read_text())]
@@ -323,7 +324,7 @@ def label(args):
     for torn in out.parent.glob(f".{out.name}.*.partial"):
         torn.unlink()  # of a run that was killed while it wrote
     with dpo.whole(out) as partial:
-        write_pairs(table, columns, labels, Path(args.data), partial)
+        write_pairs(table, columns, labels, dpo.root_of(args.data), partial)
     shutil.rmtree(folder)
     print(f"labels      by {args.scorer}; as people's for {sum(agree):,} of {len(agree):,} pairs"
           f" that both decided\n"
@@ -358,7 +359,7 @@ def parse(argv=None):
     one.add_argument("--out", required=True, help="folder for images and results")
     two = commands.add_parser("label", help="a scorer labels pairs")
     two.set_defaults(run=label)
-    two.add_argument("--data", required=True, help="hub id, parquet file, or folder")
+    two.add_argument("--data", required=True, help="hub id, parquet or JSON file, or folder")
     two.add_argument("--split", default="train", help="pairs to label [train]")
     two.add_argument("--scorer", default="pickscore", help="name [pickscore]")
     two.add_argument("--margin", default=0.0, help="least difference of scores [0]", **dpo.FACTOR)
