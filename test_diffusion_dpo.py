@@ -145,10 +145,6 @@ def draw(seed, keys, draws, T, shape):
                                 strict=True))
 
 
-def errors_of(problem, x_w, x_l, t, eps, cond):
-    return dpo.pair_errors(problem, x_w, x_l, t, eps, cond)
-
-
 def batch_of(B=3, K=2, shape=(4, 8, 8), seed=0):
     gen = torch.Generator().manual_seed(seed)
     x_w, x_l = torch.randn(2, B, *shape, generator=gen)
@@ -162,7 +158,7 @@ def test_pair_errors_are_the_literal_ones(prediction):
     are averaged: before the log-sigmoid, as dpo_loss takes one error per pair."""
     problem, calls = spy_problem(prediction, denoiser=torch.tanh, weight=0.25)
     x_w, x_l, t, eps = batch_of()
-    results = errors_of(problem, x_w, x_l, t, eps, {})
+    results = dpo.pair_errors(problem, x_w, x_l, t, eps, {})
     schedule, literal = sd_schedule(), {"w": [], "l": []}
     for half, x in (("w", x_w), ("l", x_l)):
         for i in range(3):
@@ -183,7 +179,7 @@ def test_a_pair_shares_t_and_noise():
     pair differ. The reference runs first and without grad: nothing of it is left to train."""
     problem, calls = spy_problem()
     x_w, _, t, eps = batch_of(B=2, K=3)
-    four = errors_of(problem, x_w, x_w, t, eps, {"prompt": torch.arange(4.0)[:, None]})
+    four = dpo.pair_errors(problem, x_w, x_w, t, eps, {"prompt": torch.arange(4.0)[:, None]})
     assert torch.equal(four[0], four[1]) and torch.equal(four[2], four[3])
     assert [(name, grad) for name, *_, grad in calls] == [("reference", False), ("policy", True)]
     for _, x_t, at, got, _ in calls:
@@ -198,8 +194,8 @@ def test_errors_are_squared_in_fp32():
     """A bf16 prediction is cast before eps is subtracted: its error equals that of an fp32 copy."""
     half, _ = spy_problem(denoiser=lambda x: torch.tanh(x).bfloat16())
     full, _ = spy_problem(denoiser=lambda x: torch.tanh(x).bfloat16().float())
-    for a, b in zip(errors_of(half, *batch_of(), {}), errors_of(full, *batch_of(), {}),
-                    strict=True):
+    both = (dpo.pair_errors(problem, *batch_of(), {}) for problem in (half, full))
+    for a, b in zip(*both, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
@@ -486,7 +482,7 @@ def batch_of_pairs(problem, *keys, draws=1):
 def errors_on(problem, batch):
     with torch.no_grad(), dpo.autocast(problem):
         x_w, x_l, cond = problem.encode(batch)
-        return errors_of(problem, x_w, x_l, batch["t"], batch["eps"], cond)
+        return dpo.pair_errors(problem, x_w, x_l, batch["t"], batch["eps"], cond)
 
 
 def sd_config(tiny, kind, *argv):
@@ -648,23 +644,21 @@ def test_lora(tiny, tmp_path, kind, precision):
     one, two = (load_file(tmp_path / run / "lora" / dpo.LORA_WEIGHTS) for run in ("one", "two"))
     assert same(one, two) and all(name.startswith("unet.") for name in one)
     if precision == "fp32":
-        x = torch.randn(1, 4, 8, 8), torch.tensor([5]), problem.encode_prompts(["a cat"])
-        pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}")
-        pipe.load_lora_weights(tmp_path / "one" / "lora")
-        drawn = dpo.UNetPolicy(pipe.unet)(*x[:2], **x[2])
-        assert torch.allclose(drawn, problem.policy(*x[:2], **x[2]), atol=1e-6)
-        assert not torch.allclose(drawn, problem.reference(*x[:2], **x[2]), atol=1e-3)
+        x, merged = (torch.randn(1, 4, 8, 8), torch.tensor([5])), []
+        cond = problem.encode_prompts(["a cat"])
+        for file in None, "kohya.safetensors":
+            pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}")
+            pipe.load_lora_weights(tmp_path / "one" / "lora", weight_name=file)
+            drawn = dpo.UNetPolicy(pipe.unet)(*x, **cond)
+            assert torch.allclose(drawn, problem.policy(*x, **cond), atol=1e-6)
+            assert not torch.allclose(drawn, problem.reference(*x, **cond), atol=1e-3)
+            pipe.fuse_lora()
+            merged.append(pipe.unet.state_dict())
+        assert same(*merged)
         kohya = load_file(tmp_path / "one" / "lora" / "kohya.safetensors")
         assert {name: value for name, value in kohya.items() if value.dim() == 0} == {
             f"lora_unet_{name.replace('.', '_')}_{layer}.alpha": 4 for name in attentions
             for layer in ("to_q", "to_k", "to_v", "to_out_0")} and len(kohya) == len(one) * 3 / 2
-        merged = []
-        for weights in dpo.LORA_WEIGHTS, "kohya.safetensors":
-            pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}")
-            pipe.load_lora_weights(tmp_path / "one" / "lora", weight_name=weights)
-            pipe.fuse_lora()
-            merged.append(pipe.unet.state_dict())
-        assert same(*merged)
 
 
 def test_adapters_start_by_the_seed(tiny):
@@ -764,7 +758,7 @@ def test_a_step_by_hand(tmp_path, monkeypatch, beta):
     row, = dpo.train(trained, cfg)
     order = torch.randperm(500, generator=dpo.generator(0, "order", 0))[:8].tolist()
     t, eps = draw(0, [(0, row) for row in order], 2, 100, (2,))
-    four = errors_of(problem, problem.pairs.x_w[order], problem.pairs.x_l[order], t, eps, {})
+    four = dpo.pair_errors(problem, problem.pairs.x_w[order], problem.pairs.x_l[order], t, eps, {})
     losses, logit = dpo.dpo_loss(*four, beta, 0.03)
     losses.mean().backward()
     norm = torch.stack([p.grad.norm() for p in problem.policy.parameters()]).norm()
@@ -1089,7 +1083,7 @@ def test_evaluation_by_hand(trained, monkeypatch):
     pairs = problem.held_out
     t, eps = draw("held out", [(dpo.HELD_OUT, row) for row in range(400)], 10, 100, (2,))
     with torch.no_grad():
-        e_w, e_l, r_w, r_l = errors_of(problem, pairs.x_w, pairs.x_l, t, eps, {})
+        e_w, e_l, r_w, r_l = dpo.pair_errors(problem, pairs.x_w, pairs.x_l, t, eps, {})
     logit = 0.7 * (e_l - e_w) - 0.5 * (r_l - r_w)
     share, true = (logit > 0).float().mean(), dpo.toy_reward(pairs.x_w) > dpo.toy_reward(pairs.x_l)
     expected = {"accuracy": share, "standard_error": (share * (1 - share) / 400) ** 0.5,
