@@ -129,7 +129,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 
 # -------------------------------------------------------------- 2. Noise, and the four errors
 # A problem, Toy or StableDiffusion, has: policy and reference, called (x_t (N, *shape), t (N,),
-# **cond) -> (N, *shape); alphas_cumprod, weight (T,); prediction, "epsilon" or "v_prediction".
+# **cond) -> (N, *shape); alphas_cumprod, weight (T,); prediction, what they say: see pair_errors.
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,): with it, one draw of (t, eps) estimates minus the ELBO, up to a constant.
@@ -159,6 +159,12 @@ def draw_noise(seed, epoch, row, draws, T, shape):
     return t.repeat(2)[:draws], torch.cat([eps, -eps])[:draws]
 
 
+def signal_and_noise(abar_t, prediction):
+    """a_t and s_t, like abar_t: a_t^2 + s_t^2 = 1 or, for flow, a_t + s_t = 1 at the same SNR."""
+    a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
+    return (a_t / (a_t + s_t), s_t / (a_t + s_t)) if prediction == "flow" else (a_t, s_t)
+
+
 def weighted_errors(network, problem, x_t, t, target, cond):
     """weight[t] ||prediction - target||^2 (N,) fp32, for x_t and target (N, *shape), t (N,)."""
     # To fp32 before the difference: squared in bf16, the logit at beta 5000 is off by up to 0.6.
@@ -177,11 +183,12 @@ def pair_errors(problem, x_w, x_l, t, eps, cond):
     t = t.flatten().repeat(2)  # (2BK,): the halves of a pair share t
     eps = torch.cat([eps.flatten(0, 1)] * 2)  # (2BK, *shape): and eps
     abar_t = problem.alphas_cumprod[t].view(-1, *[1] * (x_0.dim() - 1))  # (2BK, 1, ...)
-    a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
+    a_t, s_t = signal_and_noise(abar_t, problem.prediction)
     x_t = a_t * x_0 + s_t * eps  # (2BK, *shape)
-    # The squared error of v (arXiv:2202.00512, App. D) is that of eps over abar_t: like the public
-    # trainers we leave a model its own units.
-    target = a_t * eps - s_t * x_0 if problem.prediction == "v_prediction" else eps
+    # The squared error of v (arXiv:2202.00512, App. D) or of a flow (arXiv:2403.03206) is that of
+    # eps over a_t^2. Like the public trainers we leave a model its own units.
+    target = {"epsilon": eps, "v_prediction": a_t * eps - s_t * x_0, "flow": eps - x_0}
+    target = target[problem.prediction]
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
         ref_errors = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
     errors = weighted_errors(problem.policy, problem, x_t, t, target, cond)  # (2BK,)
@@ -223,22 +230,35 @@ class Ring:
         return (1 - abar_t).sqrt() * (share[..., None] * away).sum(1) / variance
 
 
+def velocity(denoiser, alphas_cumprod, x_t, t):
+    """A denoiser as a flow: eps - x_0 (N, 2) at x_t (N, 2), where a_t + s_t = 1."""
+    a_t, s_t = signal_and_noise(alphas_cumprod[t][:, None], "flow")  # (N, 1)
+    eps = denoiser(x_t / (a_t**2 + s_t**2).sqrt(), t)
+    return eps - (x_t - s_t * eps) / a_t
+
+
 class ToyPolicy(nn.Module):
     """The reference plus a network whose last layer starts at 0, so that policy = reference."""
 
     folder = "policy"  # its place in --out
 
-    def __init__(self, ring, seed, width=128):
+    def __init__(self, ring, seed, prediction="epsilon", width=128):
         super().__init__()
-        self.ring, self.log_snr = ring, torch.logit(ring.alphas_cumprod)
+        self.ring, self.prediction = ring, prediction
         torch.manual_seed(seed)
         first, second, last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
+    def denoise(self, x_t, t):
+        """eps_hat (N, 2) at x_t (N, 2), where a_t^2 + s_t^2 = 1."""
+        log_snr = self.ring.alphas_cumprod[t][:, None].logit() / 4  # scaled to the size of x_t
+        return self.ring(x_t, t) + self.net(torch.cat([x_t, log_snr], 1))
+
     def forward(self, x_t, t):
-        log_snr = self.log_snr[t][:, None] / 4  # (N, 1), scaled to about the size of x_t
-        return self.ring(x_t, t) + self.net(torch.cat([x_t, log_snr], 1))  # (N, 2)
+        if self.prediction == "flow":
+            return velocity(self.denoise, self.ring.alphas_cumprod, x_t, t)
+        return self.denoise(x_t, t)
 
     def save(self, folder):
         folder.mkdir(parents=True)
@@ -339,16 +359,19 @@ def toy_sample(denoiser, alphas_cumprod, n, gen):
 class Toy:
     """The toy as a problem. T = 100 noise levels, linear in log SNR, unless `ring` has others."""
 
-    prediction, shape, sources = "epsilon", (2,), ()
+    shape, sources = (2,), ()
 
     def __init__(self, cfg, ring=None):
-        self.cfg, self.reward = cfg, toy_proxy if cfg.proxy else toy_reward
-        self.reference = ring or Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
-        self.policy = ToyPolicy(self.reference, cfg.seed)
-        self.alphas_cumprod = self.reference.alphas_cumprod
-        self.weight = elbo_weight(self.alphas_cumprod)
-        self.pairs = ToyPairs(self.reference, cfg.pairs, cfg.seed, self.reward)
-        self.held_out = ToyPairs(self.reference, HELD_OUT_PAIRS, "held out")  # by the true reward
+        self.cfg, self.prediction = cfg, cfg.prediction
+        self.reward = toy_proxy if cfg.proxy else toy_reward
+        ring = self.ring = ring or Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
+        self.policy, self.reference = ToyPolicy(ring, cfg.seed, cfg.prediction), ring
+        self.alphas_cumprod, self.weight = ring.alphas_cumprod, elbo_weight(ring.alphas_cumprod)
+        if self.prediction == "flow":  # an error of eps is a_t times one of eps - x_0
+            self.reference = functools.partial(velocity, ring, ring.alphas_cumprod)
+            self.weight = self.weight * signal_and_noise(ring.alphas_cumprod, "flow")[0] ** 2
+        self.pairs = ToyPairs(ring, cfg.pairs, cfg.seed, self.reward)
+        self.held_out = ToyPairs(ring, HELD_OUT_PAIRS, "held out")  # by the true reward
 
     def encode(self, batch):
         """x_w, x_l (B, 2), and what else the networks take: nothing."""
@@ -356,8 +379,8 @@ class Toy:
 
     def measure(self):
         """Reference, optimum and policy, compared: numbers, and {name: densities (BINS, BINS)}."""
-        cfg, ring, gen = self.cfg, self.reference, generator(self.cfg.seed, "toy report")
-        x = toy_sample(self.policy, self.alphas_cumprod, SAMPLES, gen)
+        cfg, ring, gen = self.cfg, self.ring, generator(self.cfg.seed, "toy report")
+        x = toy_sample(self.policy.denoise, self.alphas_cumprod, SAMPLES, gen)
         compared = {"reference": toy_density(ring.log_prob),
                     "optimum": toy_optimum(ring, cfg.beta, cfg.gamma, self.reward),
                     "policy": (toy_histogram(x), lambda f: f(x).mean().item())}
@@ -1091,6 +1114,7 @@ FLAGS = {
     "cache": (TEXT, NO, None, None, "folder for latents, computed once; no random crop and flip"),
     "workers": (SIZE, 0, 4, 4, "processes that read images, per GPU (ours)"),
     "pairs": (COUNT, 200_000, NO, NO, "how many pairs are made (ours)"),
+    "prediction": ({"choices": ("epsilon", "flow")}, "epsilon", NO, NO, "what the networks say"),
     "proxy": (ON, False, NO, NO, "label the pairs by a reward that errs, to see it hacked"),
     "seed": (SIZE, 0, 0, 0, "same seed, same --batch: same run"),
     "steps": (COUNT, 3000, 2000, 2000, "optimizer steps (released launchers; toy: ours)"),

@@ -9,6 +9,7 @@ torch.distributions, diffusers' schedulers and pipelines, and the same run done 
 
 import ast
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -152,7 +153,7 @@ def batch_of(B=3, K=2, shape=(4, 8, 8), seed=0):
     return x_w, x_l, t, eps
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 def test_pair_errors_are_the_literal_ones(prediction):
     """One forward per denoiser; its errors are those of a loop over halves, pairs and draws, which
     are averaged: before the log-sigmoid, as dpo_loss takes one error per pair."""
@@ -165,13 +166,31 @@ def test_pair_errors_are_the_literal_ones(prediction):
             total = 0.0
             for k in range(2):
                 one, noise, at = x[i:i + 1], eps[i, k][None], t[i, k][None]
-                goal = noise if prediction == "epsilon" else schedule.get_velocity(one, noise, at)
-                prediction_ = torch.tanh(schedule.add_noise(one, noise, at))
-                total += 0.25 * ((prediction_ - goal) ** 2).sum().item() / 2
+                x_t, goal = schedule.add_noise(one, noise, at), noise
+                if prediction == "v_prediction":
+                    goal = schedule.get_velocity(one, noise, at)
+                if prediction == "flow":  # the straight line from x_0 to eps, at the same SNR
+                    sigma = 1 / (1 + (schedule.alphas_cumprod[at] ** -1 - 1).rsqrt())
+                    x_t, goal = (1 - sigma) * one + sigma * noise, noise - one
+                total += 0.25 * ((torch.tanh(x_t) - goal) ** 2).sum().item() / 2
             literal[half].append(total)
     for got, half in zip(results, ("w", "l", "w", "l"), strict=True):
         assert got.tolist() == pytest.approx(literal[half], rel=1e-5)
     assert len(calls) == 2
+
+
+def test_a_flow_is_diffusers():
+    """At the SNR of FlowMatchEulerDiscreteScheduler's sigmas, shifted or not, a_t is 1 - sigma, s_t
+    is sigma, and x_t is what it makes of the same noise."""
+    for shift in 1.0, 3.0:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        sigma = scheduler.sigmas.double()  # near 0 fp32 has not enough digits of 1 - abar
+        abar = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+        a, s = dpo.signal_and_noise(abar, "flow")
+        assert torch.allclose(a, 1 - sigma, atol=1e-6) and torch.allclose(s, sigma, atol=1e-6)
+        x_0, eps = torch.randn(2, 1000, 4)
+        x_t = scheduler.scale_noise(x_0, scheduler.timesteps, eps).double()
+        assert torch.allclose(a[:, None] * x_0 + s[:, None] * eps, x_t, atol=1e-5)
 
 
 def test_a_pair_shares_t_and_noise():
@@ -244,17 +263,23 @@ def ring():
 
 
 def test_reference_score_is_the_gradient(ring):
-    """eps_ref = -sqrt(1 - abar_t) grad log p_t, p_t built by torch.distributions."""
+    """eps_ref = -s_t grad log p_t, p_t built by torch.distributions; and as a flow eps_ref - x_ref,
+    where x_t = a_t x_ref + s_t eps_ref and a_t = 1 - s_t."""
     x = (2 * torch.randn(64, 2)).requires_grad_()
-    for t in (0, 30, 60, 99):
-        a = ring.alphas_cumprod[t]
-        std = (a * ring.std**2 + 1 - a).sqrt()
-        components = torch.distributions.Independent(
-            torch.distributions.Normal(a.sqrt() * ring.means, std.expand(8, 2)), 1)
+    for t, prediction in itertools.product((0, 30, 60, 99), ("epsilon", "flow")):
+        a, s = dpo.signal_and_noise(ring.alphas_cumprod[t], prediction)
+        components = torch.distributions.Independent(torch.distributions.Normal(
+            a * ring.means, (a**2 * ring.std**2 + s**2).sqrt().expand(8, 2)), 1)
         mixture = torch.distributions.MixtureSameFamily(
             torch.distributions.Categorical(torch.ones(8)), components)
         score, = torch.autograd.grad(mixture.log_prob(x).sum(), x)
-        assert torch.allclose(ring(x, torch.full((64,), t)), -(1 - a).sqrt() * score, atol=1e-4)
+        at, wanted = torch.full((64,), t), -s * score
+        if prediction == "epsilon":
+            got = ring(x, at)
+        else:
+            got = dpo.velocity(ring, ring.alphas_cumprod, x, at)
+            wanted = wanted - (x - s * wanted) / a
+        assert torch.allclose(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_optimum_is_optimal(ring):
@@ -744,6 +769,21 @@ def test_metrics(straight):
     assert first["err_policy_w"] == first["err_ref_w"] and first["logit_std"] == 0
     lrs = [row["lr"] / 3e-3 for row in rows]
     assert lrs == pytest.approx([1 / 2, *(n / 8 for n in range(7, 0, -1))])  # warm-up 2, decay 8
+
+
+def test_a_flow_is_the_same_run(straight, tmp_path, monkeypatch):
+    """--prediction flow with the ELBO's weight is the run by epsilon, up to rounding: the same
+    errors, the same weights, and the same samples."""
+    argv = [*TOY, "--prediction", "flow"]
+    rows, result = train(*argv, "--out", tmp_path / "run")
+    for row, other in zip(rows, straight[0], strict=True):
+        for name in ("loss", "err_policy_w", "err_ref_l", "grad_norm"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3), name
+    assert same(result, straight[1], atol=1e-4)
+    one, two = (dpo.Toy(dpo.parse(words)) for words in (TOY, argv))
+    assert not same(result, one.policy.state_dict(), atol=1e-2)
+    monkeypatch.setattr(dpo, "SAMPLES", 2000)
+    assert two.measure()[0] == pytest.approx(one.measure()[0], abs=2e-3)
 
 
 @pytest.mark.parametrize("beta", [0.05, 50])

@@ -42,6 +42,7 @@ def flags_of(method):
     return dpo.FLAGS | dict.fromkeys(DEAD, hidden) | {
         "method": ({"choices": tuple(DEFAULTS)}, method, method, method, "whose pairs"),
         "beta": (dpo.at_least(1e-9, float), *beta, "weight of the KL (released codes; toy: ours)"),
+        "prediction": (hidden[0] | {"choices": ("epsilon",)}, "epsilon", NO, NO, ""),
         "clip": (dpo.FACTOR, 0.0, 0.1, 0.1, "p_theta / p_ref is kept in 1 +- X (likewise)"),
         "lora": (dpo.SIZE, *lora, "rank of adapters (released codes); 0: train all weights"),
         "lr": (dpo.FACTOR, *lr, "peak rate (released codes; toy: ours, falling)"),
@@ -85,10 +86,11 @@ class Prompts:
         return {"prompt": self.prompts[key[1]]}
 
 
-def make_problem(cfg, device):
+def make_problem(cfg, device, scorer=None):
     """The script's problem with prompts for pairs, and two more methods: conditions(batch) -> [cond
     {name: (B, ...)}], before it that of no prompt where there is guidance, and score(x_0 (B, n,
-    *shape), batch) -> (B, n). `step_unit` is that of a step's log-probability."""
+    *shape), batch) -> (B, n), by `scorer`, else by --scorer. `step_unit` is that of a step's
+    log-probability."""
     if cfg.preset == "toy":
         problem = dpo.Toy(cfg)
         problem.step_unit = 1.0  # nats; its pairs are not looked at, but counted like prompts
@@ -100,7 +102,7 @@ def make_problem(cfg, device):
         prompts = judge.read_prompts("--data", cfg.data)
     else:
         prompts = dpo.ImagePairs(cfg, cfg.split).prompts
-    scorer = judge.load_scorer(cfg.scorer, device)
+    scorer = scorer or judge.load_scorer(cfg.scorer, device)
     problem = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model), Prompts(prompts))
     problem.step_unit = 1 / math.prod(problem.shape)  # a mean over the latent
 
