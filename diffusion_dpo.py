@@ -25,7 +25,7 @@ Five steps lead to it:
     and that reward is fitted to the labels by 1. In R(x_w) - R(x_l) the constant cancels.
  4. log p is not known for a diffusion model, but its lower bound is (the first inequality):
         log p(x_0) >= ELBO = const - E over t, eps of [T omega_t ||eps - eps_theta(x_t, t, c)||^2].
-    It takes the place of log p_theta, and the reference's that of log p_ref.
+    It takes the place of log p_theta, the reference's that of log p_ref: an approximation.
  5. The expectation is drawn. One (t, eps) gives -e + const for log p_theta, -r + const for log
     p_ref: the logit above. (The second inequality, Jensen's: -log sigmoid is convex, so the mean of
     the losses of single draws is above the loss of the mean logit. More draws (--draws; the paper's
@@ -129,7 +129,8 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 
 # -------------------------------------------------------------- 2. Noise, and the four errors
 # A problem, Toy or StableDiffusion, has: policy and reference, called (x_t (N, *shape), t (N,),
-# **cond) -> (N, *shape); alphas_cumprod, weight (T,); prediction, what they say: see pair_errors.
+# **cond) -> (N, *shape); alphas_cumprod, weight (T,); prediction, what the networks output:
+# "epsilon", "v_prediction" or, for flow matching, "flow".
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,): with it, one draw of (t, eps) estimates minus the ELBO, up to a constant.
@@ -160,7 +161,7 @@ def draw_noise(seed, epoch, row, draws, T, shape):
 
 
 def signal_and_noise(abar_t, prediction):
-    """a_t and s_t, like abar_t: a_t^2 + s_t^2 = 1 or, for flow, a_t + s_t = 1 at the same SNR."""
+    """a_t and s_t, shaped like abar_t; for flow matching scaled to a_t + s_t = 1."""
     a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
     return (a_t / (a_t + s_t), s_t / (a_t + s_t)) if prediction == "flow" else (a_t, s_t)
 
@@ -185,8 +186,8 @@ def pair_errors(problem, x_w, x_l, t, eps, cond):
     abar_t = problem.alphas_cumprod[t].view(-1, *[1] * (x_0.dim() - 1))  # (2BK, 1, ...)
     a_t, s_t = signal_and_noise(abar_t, problem.prediction)
     x_t = a_t * x_0 + s_t * eps  # (2BK, *shape)
-    # The squared error of v (arXiv:2202.00512, App. D) or of a flow (arXiv:2403.03206) is that of
-    # eps over a_t^2. Like the public trainers we leave a model its own units.
+    # x_t is given: v (arXiv:2202.00512, App. D) or a flow (arXiv:2403.03206), (eps - x_t) / a_t,
+    # has the error of eps over a_t. Like public trainers we leave image models their own units.
     target = {"epsilon": eps, "v_prediction": a_t * eps - s_t * x_0, "flow": eps - x_0}
     target = target[problem.prediction]
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
@@ -233,12 +234,13 @@ class Ring:
 def velocity(denoiser, alphas_cumprod, x_t, t):
     """A denoiser as a flow: eps - x_0 (N, 2) at x_t (N, 2), where a_t + s_t = 1."""
     a_t, s_t = signal_and_noise(alphas_cumprod[t][:, None], "flow")  # (N, 1)
-    eps = denoiser(x_t / (a_t**2 + s_t**2).sqrt(), t)
-    return eps - (x_t - s_t * eps) / a_t
+    eps = denoiser(x_t / (a_t**2 + s_t**2).sqrt(), t)  # it knows x_t by a_t^2 + s_t^2 = 1
+    return (eps - x_t) / a_t  # as x_0 = (x_t - s_t eps) / a_t
 
 
 class ToyPolicy(nn.Module):
-    """The reference plus a network whose last layer starts at 0, so that policy = reference."""
+    """The reference plus a network whose last layer starts at 0, so that policy = reference. It
+    corrects eps_hat; a flow is computed from that."""
 
     folder = "policy"  # its place in --out
 
@@ -252,8 +254,8 @@ class ToyPolicy(nn.Module):
 
     def denoise(self, x_t, t):
         """eps_hat (N, 2) at x_t (N, 2), where a_t^2 + s_t^2 = 1."""
-        log_snr = self.ring.alphas_cumprod[t][:, None].logit() / 4  # scaled to the size of x_t
-        return self.ring(x_t, t) + self.net(torch.cat([x_t, log_snr], 1))
+        level = self.ring.alphas_cumprod[t][:, None].logit() / 4  # log SNR, as large as x_t
+        return self.ring(x_t, t) + self.net(torch.cat([x_t, level], 1))
 
     def forward(self, x_t, t):
         if self.prediction == "flow":
@@ -367,7 +369,7 @@ class Toy:
         ring = self.ring = ring or Ring(torch.sigmoid(torch.linspace(8, -6, 100)))
         self.policy, self.reference = ToyPolicy(ring, cfg.seed, cfg.prediction), ring
         self.alphas_cumprod, self.weight = ring.alphas_cumprod, elbo_weight(ring.alphas_cumprod)
-        if self.prediction == "flow":  # an error of eps is a_t times one of eps - x_0
+        if self.prediction == "flow":  # an error of eps is a_t times the flow's, see pair_errors
             self.reference = functools.partial(velocity, ring, ring.alphas_cumprod)
             self.weight = self.weight * signal_and_noise(ring.alphas_cumprod, "flow")[0] ** 2
         self.pairs = ToyPairs(ring, cfg.pairs, cfg.seed, self.reward)
@@ -504,6 +506,7 @@ COLUMNS = (  # caption, two images, label of the first image (None: it is the pr
     ("prompt", "chosen", "rejected", None),  # open-image-preferences-v1-binarized
     ("prompt", "path1", "path2", None),  # HPDv3
     ("prompt", "preferred", "rejected", None))  # pairs.jsonl
+JSON = (".json", ".jsonl")
 
 
 def first_line(error):
@@ -512,7 +515,8 @@ def first_line(error):
 
 def root_of(data):
     """Where the paths in --data begin: the folder that it names, or in which a JSON file lies."""
-    return Path(data).parent if data.endswith((".json", ".jsonl")) else Path(data)
+    path = Path(data)
+    return path.parent if path.is_file() and path.suffix in JSON else path
 
 
 def load_pairs(data, split):
@@ -524,7 +528,7 @@ def load_pairs(data, split):
     if Path(data, "pairs.jsonl").is_file():
         path, files = "json", f"{data}/pairs.jsonl"
     elif Path(data).is_file():
-        path, files = "json" if root_of(data) != Path(data) else "parquet", data
+        path, files = "json" if Path(data).suffix in JSON else "parquet", data
     try:  # else a folder of parquet files, or a hub id
         table = datasets.load_dataset(path, data_files=files, split=split)
         have = table.column_names
@@ -797,7 +801,7 @@ def cache_latents(pairs, problem):
     process its share; without random crop and flip, which would need an encoding each."""
     from datasets.fingerprint import Hasher
     cfg, (rank, world) = problem.cfg, rank_and_world()
-    changed = [(str(file), file.stat().st_mtime_ns) for place in (pairs.root, cfg.model)
+    changed = [(str(file), file.stat().st_mtime_ns) for place in (cfg.data, cfg.model)
                for file in sorted(Path(place).rglob("*"))  # images may change without the table
                if not {Path(cfg.cache), Path(cfg.out)} & {file, *file.parents}]
     mark = Hasher.hash([pairs.table._fingerprint, pairs.labels, changed, cfg.model, cfg.resolution,
@@ -1019,7 +1023,7 @@ class Log:
         print(f"model       {cfg.model}: {trained:,} trained parameters in fp32, forward in"
               f" {cfg.precision} on {problem.weight.device}\n"
               f"loss        {cfg.method}, beta {cfg.beta:g}, gamma {cfg.gamma:g}; beta T omega is"
-              f" {cfg.beta * problem.weight[0]:.3g} per unit of squared error\n"
+              f" {cfg.beta * problem.weight.max():.3g} at most\n"
               f"steps       {cfg.steps:,} of {cfg.batch} pairs by {cfg.optimizer} at {cfg.lr:.4g};"
               f" {cfg.micro_batch} at a time on {world} processes, {cfg.draws} draws each\n"
               f"epochs      {self.bar.total / n:.3g} of {n:,} pairs\n"
@@ -1114,7 +1118,7 @@ FLAGS = {
     "cache": (TEXT, NO, None, None, "folder for latents, computed once; no random crop and flip"),
     "workers": (SIZE, 0, 4, 4, "processes that read images, per GPU (ours)"),
     "pairs": (COUNT, 200_000, NO, NO, "how many pairs are made (ours)"),
-    "prediction": ({"choices": ("epsilon", "flow")}, "epsilon", NO, NO, "what the networks say"),
+    "prediction": ({"choices": ("epsilon", "flow")}, "epsilon", NO, NO, "what networks output"),
     "proxy": (ON, False, NO, NO, "label the pairs by a reward that errs, to see it hacked"),
     "seed": (SIZE, 0, 0, 0, "same seed, same --batch: same run"),
     "steps": (COUNT, 3000, 2000, 2000, "optimizer steps (released launchers; toy: ours)"),

@@ -258,7 +258,7 @@ def score_pairs(table, columns, args, device, folder):
     from datasets.fingerprint import Hasher
     score, (rank, world) = load_scorer(args.scorer, device), dpo.rank_and_world()
     root = dpo.root_of(args.data)
-    places = root, *args.scorer.split("+")
+    places = args.data, *args.scorer.split("+")
     changed = [modified(place, but=folder) for place in places]  # --out may lie in --data
     mark = Hasher.hash([table._fingerprint, args.scorer, changed])
     mark = dpo.gather(mark)[0]  # another machine may see other times of change
