@@ -1,7 +1,8 @@
 """A tiny Stable Diffusion that can draw, pairs of its own drawings, and what a training changes.
 
-    python toy/shapes.py               # makes toy/tiny-shapes, once; a quarter of an hour
+    python toy/shapes.py               # makes toy/tiny-shapes, once; ten minutes on two cores
     python toy/shapes.py look RUN      # what a training has changed; RUN/look.png, RUN/look.json
+    python toy/shapes.py study         # the papers' experiments on it, over three seeds
 
 It knows 36 captions, "a red circle on a blue ground" and the like, and is made as the published
 models are: a VAE on drawings of 32 x 32 pixels, a UNet and a text encoder on its latents, in
@@ -48,7 +49,7 @@ CLASSES = [(shape, colour, ground) for colour, shape, ground in itertools.produc
 CAPTIONS = [f"a {colour} {shape} on a {ground} ground" for shape, colour, ground in CLASSES]
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 1.0}  # the network alone, no guidance
 # How long is trained, on how many; the tests have smaller numbers.
-SIZES = {"drawings": 100, "vae_steps": 400, "unet_steps": 1500, "clip_steps": 200, "pairs": 1640}
+SIZES = {"drawings": 100, "vae_steps": 400, "unet_steps": 1200, "clip_steps": 200, "pairs": 1640}
 
 UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
         "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 64,
@@ -57,7 +58,9 @@ UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
 VAE = {"sample_size": SIDE, "block_out_channels": (16, 32, 32), "norm_num_groups": 8,
        "down_block_types": ("DownEncoderBlock2D",) * 3,
        "up_block_types": ("UpDecoderBlock2D",) * 3}
-TEXT = make_tiny.TINY_CLIP | {"hidden_size": 64, "intermediate_size": 256}
+WORDS = [*make_tiny.COLOURS, *make_tiny.SHAPES, "on", "ground"]  # tokens; others are spelt
+TEXT = make_tiny.TINY_CLIP | {"hidden_size": 64, "intermediate_size": 256,
+                              "vocab_size": make_tiny.TINY_CLIP["vocab_size"] + len(WORDS)}
 
 
 # ------------------------------------------------------------------------ drawings, true reward
@@ -128,19 +131,19 @@ def train_vae(vae, images, steps):
 def train_unet(pipe, latents, steps):
     """UNet and text encoder on latents (M, 4, 8, 8), as many of each caption: one caption in ten is
     left empty."""
-    ids = pipe.tokenizer([*CAPTIONS, ""], padding="max_length", max_length=77,
-                         return_tensors="pt").input_ids  # (37, 77)
+    ids = pipe.tokenizer([*CAPTIONS, ""], padding="max_length",
+                         return_tensors="pt").input_ids  # (37, 12)
 
     def loss_of():
         row, t = torch.randint(len(latents), (64,)), torch.randint(1000, (64,))
         x_0, eps = latents[row], torch.randn(64, *latents.shape[1:])
         caption = row * len(CAPTIONS) // len(latents)
         caption = caption.where(torch.rand(64) > 0.1, len(CAPTIONS))
-        prompt = pipe.text_encoder(ids)[0][caption]  # (64, 77, 64); each text is encoded once
+        prompt = pipe.text_encoder(ids)[0][caption]  # (64, 12, 64); each text is encoded once
         x_t = pipe.scheduler.add_noise(x_0, eps, t)
         return F.mse_loss(pipe.unet(x_t, t, prompt).sample, eps)
 
-    fit("unet", [pipe.unet, pipe.text_encoder], loss_of, steps, lr=1e-3)
+    fit("unet", [pipe.unet, pipe.text_encoder], loss_of, steps, lr=2e-3)
 
 
 def train_clip(folder, images, steps):
@@ -171,9 +174,9 @@ def draw(pipe, jobs, key):
     images = []
     for first in tqdm(range(0, len(jobs), 64), f"{'draw':8}", ncols=99, unit=" batches"):
         part = jobs[first:first + 64]
-        noise = torch.stack([torch.randn(4, 8, 8, generator=dpo.generator(key, *job))
-                             for job in part])
-        out = pipe([prompt for prompt, _ in part], height=SIDE, width=SIDE,
+        gens = [dpo.generator(key, *job) for job in part]
+        noise = torch.stack([torch.randn(4, 8, 8, generator=gen) for gen in gens])
+        out = pipe([prompt for prompt, _ in part], height=SIDE, width=SIDE, generator=gens,
                    latents=noise.to(pipe.device), output_type="pt", **SAMPLING).images
         images.append((out * 255).round().to("cpu", torch.uint8))  # they lie in 0 .. 1
     return torch.cat(images)
@@ -196,6 +199,8 @@ def build(out, seed, sizes):
     """Makes the folder: model, pairs.parquet, prompts.txt, clip/. Returns numbers by name."""
     torch.manual_seed(seed)
     pipe = make_tiny.assemble(UNET, VAE, [TEXT])
+    pipe.tokenizer.add_tokens(WORDS)
+    pipe.tokenizer.model_max_length = 12  # the longest caption has 9
     images = drawings(sizes["drawings"], seed)  # (36, n, 3, 32, 32)
     latents = train_vae(pipe.vae, images.flatten(0, 1) / 127.5 - 1, sizes["vae_steps"])
     train_unet(pipe, latents, sizes["unet_steps"])
@@ -244,18 +249,20 @@ def look(args):
         print(f"{name:12}{before.mean():12.3f}{after.mean():12.3f}{by.mean():+14.3f}{error:18.3f}")
         numbers |= {f"{name}_reference": before.mean().item(),
                     f"{name}_policy": after.mean().item(), f"{name}_standard_error": error.item()}
-    draw_before_and_after(images, folder / "look.png")
+    draw_before_and_after(images, CAPTIONS, folder / "look.png")
     dpo.write_json(folder / "look.json", numbers)
     print(f"figure      {folder}/look.png\nnumbers     {folder}/look.json")
 
 
-def draw_before_and_after(images, path):
-    """The first image of each caption, unchosen: reference above policy, from the same noise."""
+def draw_before_and_after(images, captions, path):
+    """An image of each caption, unchosen: reference above policy, from the same noise; 12 in a
+    row. images {side: (N, 3, 32, 32)}, uint8."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    sheet, rows = plt.subplots(6, 12, figsize=(12, 7.6), layout="constrained")
-    for number, caption in enumerate(CAPTIONS):
+    blocks = -(-len(captions) // 12)
+    sheet, rows = plt.subplots(2 * blocks, 12, figsize=(12, 2.53 * blocks), layout="constrained")
+    for number, caption in enumerate(captions):
         block, column = divmod(number, 12)
         for below, side in enumerate(judge.SIDES):
             ax = rows[2 * block + below, column]
@@ -269,11 +276,16 @@ def draw_before_and_after(images, path):
     plt.close(sheet)
 
 
+def study(args):
+    from toy import shapes_study
+    shapes_study.study(Path(args.work))
+
+
 # ----------------------------------------------------------------------------------- command line
 
 NEXT = """next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet --resolution 32 \\
           --split 'train[:-{held_out}]' --eval-split 'train[-{held_out}:]' --eval-every 100 \\
-          --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 400 --out runs/shapes
+          --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 300 --out runs/shapes
       python toy/shapes.py look runs/shapes"""
 
 
@@ -299,12 +311,18 @@ def parse(argv=None):
     default = os.path.relpath(HERE / "tiny-shapes")
     parser.add_argument("--out", default=default, help=f"folder to make [{default}]")
     parser.add_argument("--seed", default=0, help="of drawings, weights and labels [0]", **dpo.SIZE)
-    commands = parser.add_subparsers(metavar="look")
+    commands = parser.add_subparsers(metavar="{look,study}")
     one = commands.add_parser("look", help="reference and policy of a run, compared")
     one.set_defaults(run=look)
     one.add_argument("run_folder", metavar="RUN", help="folder of a run of diffusion_dpo.py")
     one.add_argument("--images", default=10, help="images per caption [10]", **dpo.COUNT)
-    return parser.parse_args(argv)
+    two = commands.add_parser("study", help="the papers' experiments in miniature")
+    two.set_defaults(run=study)
+    two.add_argument("--work", default="runs/shapes-study", help="folder [runs/shapes-study]")
+    args = parser.parse_args(argv)
+    if args.run is not make and (args.out, args.seed) != (default, 0):
+        raise dpo.Refusal("--out and --seed: they go with neither look nor study")
+    return args
 
 
 def main(argv=None):
