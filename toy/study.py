@@ -1,6 +1,6 @@
 """Make every figure and number of the toy that README.md and toy/README.md show.
 
-    python toy/study.py        # toy/study/*, toy/toy.png; under half an hour on two cores
+    python toy/study.py        # toy/study/*, toy/toy.png, toy.gif; half an hour on two cores
 
 Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
 the others are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million network calls.
@@ -20,6 +20,7 @@ from statistics import median
 
 import matplotlib
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -63,10 +64,10 @@ def build(cfg, change):
     toy = dpo.Toy(cfg, ring)
     if change == "one mode":
         toy.reward = lambda x: 0 * x[:, 0]
-        toy.pairs = dpo.ToyPairs(toy.reference, cfg.pairs, cfg.seed, toy.reward)
+        toy.pairs = dpo.ToyPairs(toy.ring, cfg.pairs, cfg.seed, toy.reward)
     if isinstance(change, float):
         pairs = type("Pairs", (dpo.ToyPairs,), {"noisy_share": change})
-        toy.pairs = pairs(toy.reference, cfg.pairs, cfg.seed)
+        toy.pairs = pairs(toy.ring, cfg.pairs, cfg.seed)
     if change == "linear betas, constant weight":
         toy.weight = toy.weight.mean().expand(len(toy.weight))
     return toy
@@ -110,7 +111,7 @@ def run(job):
         numbers["curve"] = curve
     if change == "one mode":
         gen = dpo.generator(seed, "one mode")
-        x = dpo.toy_sample(toy.policy, toy.alphas_cumprod, 50_000, gen)
+        x = dpo.toy_sample(toy.policy.denoise, toy.alphas_cumprod, 50_000, gen)
         numbers["std"] = x.std(0).mean().item()
     if change == "logits":
         numbers["logits"] = logits(toy, cfg)
@@ -299,6 +300,42 @@ def draw(found):
     plt.close(chart)
 
 
+def frame(title, tv, p, optimum):
+    """An image: the density p beside the optimum's, on one colour scale."""
+    both = torch.cat([p, optimum]).T.flip(0) / optimum.max()  # up is up
+    pixels = matplotlib.colormaps["viridis"](both.clamp(max=1).numpy(), bytes=True)[..., :3]
+    image = Image.fromarray(pixels).resize((600, 300), Image.Resampling.NEAREST)
+    for x, text in (8, f"{title}: TV {tv:.2f}"), (308, "optimum p*, closed form"):
+        ImageDraw.Draw(image).text((x, 6), text, "white", font_size=15)
+    return image.quantize(64)
+
+
+def draw_default_run(path):
+    """What `--toy` does: its figure, toy.png in `path`, and toy.gif, the policy on its way to p*.
+    """
+    frames, real = [], dpo.draw_picture
+
+    def picture(toy, file, rows, *measured):
+        if measured:  # the end, which is the last frame already
+            return real(toy, file, rows, *measured)
+        numbers, p = toy.measure()
+        if not frames:
+            frames.append(frame("reference", numbers["tv_reference"], p["reference"],
+                                p["optimum"]))
+        title = f"policy, step {int(file.stem[-8:])}"
+        frames.append(frame(title, numbers["tv_policy"], p["policy"], p["optimum"]))
+
+    dpo.draw_picture = picture
+    try:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            dpo.main(["--toy", "--sample-every", "60", "--out", f"{out}/toy"])
+            shutil.copy(Path(out, "toy", "toy.png"), path)
+    finally:
+        dpo.draw_picture = real
+    frames[0].save(path / "toy.gif", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[100] * (len(frames) - 1) + [3000])
+
+
 def write(found):
     """A JSON file per experiment, and the tables."""
     for name, labels in found.items():
@@ -346,9 +383,7 @@ def main():
     OUT.mkdir(exist_ok=True)
     write(found)
     draw(found)
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        dpo.main(["--toy", "--out", f"{out}/toy"])
-        shutil.copy(Path(out, "toy", "toy.png"), HERE)
+    draw_default_run(HERE)
 
 
 if __name__ == "__main__":

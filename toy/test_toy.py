@@ -1384,7 +1384,8 @@ def test_compiled_is_the_same_network(tiny, tmp_path, more):
         assert sums[0].item() == pytest.approx(2 * math.log(2), rel=1e-4)
         gradients = [p.grad.flatten() for p in problem.policy.parameters() if p.requires_grad]
         problem.policy.save(folder := tmp_path / str(len(found)))
-        found.append((torch.cat(gradients), load_file(next(folder.glob("*.safetensors"))).keys()))
+        file = dpo.LORA_WEIGHTS if cfg.lora else dpo.WEIGHTS
+        found.append((torch.cat(gradients), load_file(folder / file).keys()))
     (plain, names), (compiled, others) = found
     error = (compiled - plain).norm() / plain.norm()
     assert error < (0.1 if cfg.precision == "bf16" else 1e-3) and names == others
@@ -1461,7 +1462,7 @@ def test_tables_and_figures_are_made_of_all_experiments(brief, tmp_path, monkeyp
     monkeypatch.setattr(study, "OUT", tmp_path)
     study.write(found)
     study.draw(found)
-    shown = re.findall(r"\(study/(\S+\.png)\)", (ROOT / "toy" / "README.md").read_text())
+    shown = re.findall(r"\(study/([a-h]-\S+\.png)\)", (ROOT / "toy" / "README.md").read_text())
     assert {path.name for path in tmp_path.glob("*.png")} == {*shown, "methods.png"}
     for name, labels in plan.items():
         rows = json.loads((tmp_path / f"{name}.json").read_text())
@@ -1473,3 +1474,30 @@ def test_tables_and_figures_are_made_of_all_experiments(brief, tmp_path, monkeyp
 
     for label, (flags, _) in plan["readme"].items():
         assert means(label.split("`")[1]) == means("--toy " + flags)
+
+
+def test_the_way_to_the_optimum(tmp_path, monkeypatch):
+    """toy.gif: a frame for the reference and one per picture, the density left, p* right, x to the
+    right and y up; toy.png is that of the end. What draws pictures is again what it was."""
+    p = {name: torch.zeros(30, 30) for name in ("reference", "policy", "optimum")}
+    p["reference"][29, 0] = p["policy"][0, 0] = p["optimum"][0, 29] = 1  # by x, y
+    numbers = {"tv_reference": 1.0, "tv_policy": 0.5}
+    toy = SimpleNamespace(measure=lambda: (numbers, p))
+
+    def script(argv):
+        (out := Path(argv[-1])).mkdir(parents=True)
+        for step in 60, 120:
+            dpo.draw_picture(toy, out / "samples" / f"step-{step:08d}.png", [])
+        dpo.draw_picture(toy, out / "toy.png", [], numbers, p)
+
+    monkeypatch.setattr(dpo, "main", script)
+    monkeypatch.setattr(dpo, "draw_picture", real := lambda toy, path, *_: path.write_text("end"))
+    study.draw_default_run(tmp_path)
+    assert dpo.draw_picture is real and (tmp_path / "toy.png").read_text() == "end"
+    gif = Image.open(tmp_path / "toy.gif")
+    assert gif.n_frames == 3 and gif.size == (600, 300)
+    for number, left in enumerate(((295, 295), (5, 295), (5, 295))):
+        gif.seek(number)
+        frame = gif.convert("RGB")
+        assert frame.getpixel(left)[0] > 200 and frame.getpixel((305, 5))[0] > 200  # yellow
+        assert frame.getpixel((150, 150))[0] < 100  # dark
