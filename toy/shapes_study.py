@@ -250,7 +250,8 @@ def run(work, flags, labels, seed):
         numbers["curve"] = [read(file) for file in curve]
     if (flags, labels) == experiments()["a-methods"]["DPO"]:
         numbers["solvers"] = by_solver(problem, score, work, seed)
-        shown = jobs(1)[::3]  # each colour and shape once
+        # Each colour and shape once, the grounds in turn.
+        shown = [job for i, job in enumerate(jobs(1)) if i % 3 == i // 3 % 3]
         images = {side: drawn(problem, side, shown) for side in judge.SIDES}
         captions = [caption for caption, _ in shown]
         shapes.draw_before_and_after(images, captions, work / f"sheet-{seed}.png")
@@ -329,7 +330,7 @@ def draw(found):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     shown = {"reward": "true reward", "match": "share that matches", "clip": "tiny CLIP's score",
-             "diversity": "diversity within a prompt"}
+             "diversity": "diversity"}
     chart, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained", sharey=True)
     methods = found["a-methods"]
     for ax, what in zip(axes, ("reward", "match", "diversity"), strict=True):
