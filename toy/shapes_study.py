@@ -3,8 +3,8 @@
 Each seed has a base, drawings, pairs and labels of its own. All is judged by the true reward, on
 images of the same prompts from the same noise. SHORT runs take 300 steps of 32 pairs, LONG ones
 1,000 of 8; D3PO and SPO make as many network calls as SHORT, where a backward counts as two. On two
-cores the whole takes an hour and a half; it goes on where it was, from the folder that --work
-names.
+cores the whole takes about an hour and a half (not timed in one go); it goes on where it was, from
+the folder that --work names.
 
 D3PO and SPO ask the true reward itself, thousands of times and without noise; DPO has seen 1,440
 labels that agree with it in three of four. So they show what a perfect judge is worth, not which
@@ -260,7 +260,7 @@ def run(work, flags, labels, seed):
 
 def quietly(function, work, *inputs):
     """Calls function(work, *inputs) in a process of its own, on one core. If it ends in an error,
-    what it has printed is in `work`."""
+    what it has printed is in `work`. Raises Refusal."""
     torch.set_num_threads(1)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -271,7 +271,7 @@ def quietly(function, work, *inputs):
             function(work, *inputs)
     except BaseException as error:
         (work / "error.txt").write_text(f"{said.getvalue()}\n{inputs}: {error!r}\n")
-        raise RuntimeError(f"{inputs}: see {work}/error.txt") from error
+        raise dpo.Refusal(f"{inputs}: see {work}/error.txt") from error
 
 
 # ---------------------------------------------------------------------------- tables and figures

@@ -1,6 +1,6 @@
 """Make every figure and number of the toy that README.md and toy/README.md show.
 
-    python toy/study.py        # toy/study/*, toy/toy.png, toy.gif; half an hour on two cores
+    python toy/study.py        # toy/study/*, toy/toy.png; half an hour on two cores, and toy.gif
 
 Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
 the others are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million network calls.

@@ -352,6 +352,20 @@ def test_a_run_of_the_study(base, tmp_path, monkeypatch):
     shapes_study.run(tmp_path, *job, 3)  # or this would fail
 
 
+def test_an_error_in_a_process_of_the_study_is_one_line(tmp_path):
+    """It names the job and the file that holds what the job has printed."""
+    def fails(work, *job):
+        print("what it said")
+        raise ValueError("why")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(dpo.Refusal, match="--beta 1.*error.txt"):
+        shapes_study.quietly(fails, tmp_path, "--beta 1", 0)
+    torch.set_num_threads(threads)
+    text = (tmp_path / "error.txt").read_text()
+    assert "what it said" in text and "ValueError('why')" in text
+
+
 def test_the_shares_of_shapes(monkeypatch):
     """p* is p_ref e^(reward / beta), by hand: shares of 1/2, 1/4, 1/4, rewards 0, 1, 2, beta 2."""
     drawn = {"reference": [0] * 20 + [1] * 10 + [2] * 10, "policy": [0] * 8 + [1] * 8 + [2] * 24}
