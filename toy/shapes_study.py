@@ -2,9 +2,9 @@
 
 Each seed has a base, drawings, pairs and labels of its own. All is judged by the true reward, on
 images of the same prompts from the same noise. SHORT runs take 300 steps of 32 pairs, LONG ones
-1,000 of 8; D3PO and SPO make as many network calls as SHORT, where a backward counts as two. On two
-cores the whole takes about an hour and a half (not timed in one go); it goes on where it was, from
-the folder that --work names.
+3,000 of 8; D3PO and SPO make as many network calls as SHORT, where a backward counts as two. On two
+cores the whole takes about two hours (not timed in one go); it goes on where it was, from the
+folder that --work names.
 
 D3PO and SPO ask the true reward itself, thousands of times and without noise; DPO has seen 1,440
 labels that agree with it in three of four. So they show what a perfect judge is worth, not which
@@ -42,7 +42,9 @@ IMAGES = 10  # per caption
 UNPROMPTED = 1000  # images without a prompt, whose shapes are counted
 SHAPE_REWARD = {"circle": 0.0, "square": 1.0, "triangle": 2.0}  # nats
 SHORT = "--steps 300 --batch 32 --micro-batch 32 --lr 3e-5 "
-LONG = "--steps 1000 --batch 8 --micro-batch 8 --lr 3e-5 --sample-every 500 "  # small steps, many
+SMALL = "--batch 8 --micro-batch 8 --lr 3e-5 "  # steps of it
+FEW = SMALL + "--steps 1000 --sample-every 500 --split train[:100] "
+LONG = SMALL + "--steps 3000 --sample-every 1000 "
 OWN = ("--data {base}/prompts.txt --lora 0 --clip 0 --guidance 1 --sampling-steps 10 "
        "--batch 8 --micro-batch 8 --lr 3e-5 ")  # of 8 prompts
 FAIR = {"DPO": "--beta 100", "SEE-DPO": "--beta 100 --gamma 100",  # the third: as flat, no margin
@@ -66,8 +68,7 @@ def experiments():
             "D3PO, by the true reward": (OWN + "--method d3po --beta 100 --steps 104", None),
             "SPO, by the true reward": (OWN + "--method spo --beta 30 --steps 118", None)},
         "c-labels": {"true reward": plain, "tiny CLIP": (SHORT + "--beta 500", "clip")},
-        "d-few-pairs": {name: (LONG + "--split train[:100] " + flags, "true")
-                        for name, flags in FAIR.items()},
+        "d-few-pairs": {name: (FEW + flags, "true") for name, flags in FAIR.items()},
         "d-clip": {name: (LONG + flags, "clip") for name, flags in FAIR.items()},
         "e-beta": {beta: (SHORT + f"--beta {beta}", "true") for beta in (100, 500, 2000)},
         "e-draws": {1: plain} | {
