@@ -102,7 +102,7 @@ class Stop(Exception):
 
 # ----------------------------------------------------------------------------------- 1. The loss
 
-def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
+def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0, anchor=0.0):
     """The loss of Diffusion-DPO (gamma = 0: Eq. 14) and of SEE-DPO (gamma > 0).
 
     Takes four (B,) fp32 tensors of weighted errors, each standing for -log p + const; beta > 0, the
@@ -118,13 +118,20 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 
     At step 0 policy = reference. With gamma = 0 the logit is 0 and the loss log 2 = 0.693, whatever
     the pair; with gamma > 0 the margin is left, here -0.1: the loss is log(1 + e^0.1) = 0.744.
+
+    What raises both errors alike cancels. anchor (ours) sees it, where pairs are samples of p_ref
+    and errors in nats: the mean of p_theta / p_ref there, E[exp(r - e)], is 1 for a density and
+    less for worse errors. p* loses nothing by it; far below beta^2 / 2, or the noise of e is fed.
     """
     # The differences first: policy and reference nearly cancel, and beta is in the thousands.
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)
     log_ratio_l = ref_err_l - err_l  # (B,)
     logit = beta * (log_ratio_w - log_ratio_l) - gamma * (err_w - err_l)  # (B,)
     # Per pair: each is a label of its own, and a saturated one must not speak for the others.
-    return -F.logsigmoid(logit), logit
+    losses = -F.logsigmoid(logit)
+    if anchor:
+        losses = losses + anchor * (1 - (log_ratio_w.exp() + log_ratio_l.exp()) / 2)
+    return losses, logit
 
 
 # -------------------------------------------------------------- 2. Noise, and the four errors
@@ -282,17 +289,12 @@ def toy_proxy(x):
 
 
 class ToyPairs:
-    """n pairs, labelled by chance: by the Bradley-Terry model of `reward`. DPO learns only where
-    there are pairs, and for gamma > 0 p* is wider than p_ref: so half of the points are samples of
-    the reference with noise of std 1/2 on top."""
-
-    noisy_share = 0.5
+    """n pairs of samples of the reference, labelled by chance: by the Bradley-Terry model of
+    `reward`."""
 
     def __init__(self, ring, n, seed, reward=toy_reward):
         gen = generator(seed, "toy pairs")
-        noisy = torch.rand(2 * n, 1, generator=gen) < self.noisy_share  # (2n, 1)
-        x = ring.sample(2 * n, gen) + 0.5 * noisy * torch.randn(2 * n, 2, generator=gen)  # (2n, 2)
-        x_0, x_1 = x.chunk(2)  # (n, 2) each
+        x_0, x_1 = ring.sample(2 * n, gen).chunk(2)  # (n, 2) each
         prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(reward(x_0) - reward(x_1))
         self.x_w = torch.where(prefers_0[:, None], x_0, x_1)
         self.x_l = torch.where(prefers_0[:, None], x_1, x_0)
@@ -338,22 +340,23 @@ def entropy(p):
     return -torch.special.xlogy(p, p / (2 * EXTENT / BINS) ** 2).sum().item()
 
 
-def ddim_step(x_t, eps, abar_t, abar_next):
+def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
     """Mean, like x_t and eps, and standard deviation of a denoising step from abar_t to abar_next,
-    scalars: DDIM at eta = 1 (arXiv:2010.02502, Eq. 12 and 16). From t to t - 1 that is DDPM."""
+    scalars: DDIM (arXiv:2010.02502, Eq. 12 and 16). From t to t - 1 it is DDPM at eta = 1, and at
+    eta = 0 a step of an ODE, without noise: as Stable Diffusion is drawn in practice."""
     x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
-    variance = (1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next)  # 0 at the last step
+    variance = eta**2 * (1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next)  # at the end 0
     direction = (1 - abar_next - variance).clamp(min=0).sqrt() * eps  # rounding may give -1e-8
     return abar_next.sqrt() * x_0 + direction, variance.sqrt()
 
 
 @torch.no_grad()
-def toy_sample(denoiser, alphas_cumprod, n, gen):
-    """Samples (n, 2) of a denoiser: all T steps, so DDPM's sampler (arXiv:2006.11239, Eq. 7)."""
+def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
+    """Samples (n, 2) of a denoiser in all T steps: DDPM's sampler (arXiv:2006.11239, Eq. 7)."""
     x = torch.randn(n, 2, generator=gen)
     abars = torch.cat([torch.ones(1), alphas_cumprod])  # (T + 1,), with that of x_0
     for t in reversed(range(len(alphas_cumprod))):
-        mean, std = ddim_step(x, denoiser(x, torch.full((n,), t)), abars[t + 1], abars[t])
+        mean, std = ddim_step(x, denoiser(x, torch.full((n,), t)), abars[t + 1], abars[t], eta)
         x = mean + std * torch.randn(n, 2, generator=gen)
     return x
 
@@ -382,10 +385,11 @@ class Toy:
     def measure(self):
         """Reference, optimum and policy, compared: numbers, and {name: densities (BINS, BINS)}."""
         cfg, ring, gen = self.cfg, self.ring, generator(self.cfg.seed, "toy report")
-        x = toy_sample(self.policy.denoise, self.alphas_cumprod, SAMPLES, gen)
         compared = {"reference": toy_density(ring.log_prob),
-                    "optimum": toy_optimum(ring, cfg.beta, cfg.gamma, self.reward),
-                    "policy": (toy_histogram(x), lambda f: f(x).mean().item())}
+                    "optimum": toy_optimum(ring, cfg.beta, cfg.gamma, self.reward)}
+        for name, eta in ("policy", 1.0), ("policy_ode", 0.0):
+            x = toy_sample(self.policy.denoise, self.alphas_cumprod, SAMPLES, gen, eta)
+            compared[name] = toy_histogram(x), lambda f, x=x: f(x).mean().item()
         p_star, numbers = compared["optimum"][0], {}
         for name, (p, mean) in compared.items():
             numbers |= {f"reward_{name}": mean(toy_reward), f"proxy_{name}": mean(toy_proxy),
@@ -421,7 +425,7 @@ def dpo_step(problem, batch, cfg):
     t, eps = (batch[name].to(problem.weight.device, non_blocking=True) for name in ("t", "eps"))
     with autocast(problem):
         errors = pair_errors(problem, x_w, x_l, t, eps, cond)  # four of (B,)
-    losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)  # (B,)
+    losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma, cfg.anchor)  # (B,)
     if cfg.method == "sft":  # the rejected half is then measured only
         losses = 2 * errors[0]  # for images the mean squared error
     (losses.sum() / cfg.batch).backward()
@@ -1082,9 +1086,10 @@ def report_toy(toy, rows):
     """The end of a toy run: a table, a figure, and results.json."""
     cfg, out, (numbers, densities) = toy.cfg, Path(toy.cfg.out), toy.measure()
     print(f"\n\n{'mean reward':>27}{'entropy (nats)':>17}{'TV to p*':>12}")
-    for name in ("reference", "optimum", "policy"):
+    shown = {"policy": "   (drawn by DDPM)", "policy_ode": "   (the same, by an ODE)"}
+    for name in densities:
         print(f"{name:12}{numbers[f'reward_{name}']:15.3f}{numbers[f'entropy_{name}']:17.3f}"
-              f"{numbers[f'tv_{name}']:12.3f}")
+              f"{numbers[f'tv_{name}']:12.3f}{shown.get(name, '')}")
     print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of p*: DPO should be near)")
     draw_picture(toy, out / "toy.png", rows, numbers, densities)
     held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out_")}
@@ -1110,6 +1115,7 @@ FLAGS = {
     "method": ({"choices": ("dpo", "sft")}, "dpo", "dpo", "dpo", "sft: the baseline of paper 5.5"),
     "beta": (at_least(1e-9, float), 0.5, 2000.0, 5000.0, "weight of the KL (paper 5.1; toy: ours)"),
     "gamma": (FACTOR, 0.0, 0.0, 0.0, "weight of the entropy; images: 0.01 to 0.05 beta (ours)"),
+    "anchor": (FACTOR, 0.0, 0.0, 0.0, "weight of what keeps both errors down; toy: 0.05 (ours)"),
     "draws": (COUNT, 64, 1, 1, "draws of (t, eps) per pair (paper; toy: ours)"),
     "data": (TEXT, NO, DEFAULT_DATA, DEFAULT_DATA, "hub id, parquet or JSON file, or folder"),
     "split": (TEXT, NO, "train", "train", "the pairs to train on; a part: train[:-500]"),

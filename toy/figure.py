@@ -103,7 +103,10 @@ def draw_toy(problem, path, rows, numbers, densities):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     cfg, pairs, extent = problem.cfg, problem.pairs, module_of(problem).EXTENT
-    figure, (maps, panels) = plt.subplots(2, 4, figsize=(16, 7.8), layout="constrained")
+    above, below = ("".join(name * width for name in names)  # five of four columns, four of five
+                    for names, width in (("01234", 4), ("5678", 5)))
+    figure, axes = plt.subplot_mosaic([above, below], figsize=(16, 7), layout="constrained")
+    maps, panels = ([axes[name] for name in names] for names in ("01234", "5678"))
     for x, colour, label in (
             (pairs.x_l, "tab:red", "rejected"), (pairs.x_w, "tab:green", "preferred")):
         maps[0].scatter(*x[:400].T, s=5, c=colour, label=label)
@@ -111,7 +114,7 @@ def draw_toy(problem, path, rows, numbers, densities):
     maps[0].set(xlim=box, ylim=box, aspect="equal", title="400 of the pairs")
     maps[0].legend()
     titles = {"reference": "reference p_ref, closed form", "optimum": "optimum p*, closed form",
-              "policy": "policy p_theta, samples"}
+              "policy": "policy p_theta, by DDPM", "policy_ode": "the same, by an ODE"}
     for ax, (name, p) in zip(maps[1:], densities.items(), strict=True):
         ax.imshow(p.T, origin="lower", extent=2 * box, vmax=densities["optimum"].max())
         ax.set_title(f"{titles[name]}\nTV to p* = {numbers[f'tv_{name}']:.3f}")

@@ -3,7 +3,8 @@
     python toy/study.py        # toy/study/*, toy/toy.png; half an hour on two cores, and toy.gif
 
 Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
-the others are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million network calls.
+the others, but for section i, are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million
+network calls.
 """
 
 import contextlib
@@ -34,7 +35,10 @@ from matplotlib import pyplot as plt
 
 OUT, SEEDS, SHORT = HERE / "study", (0, 1, 2), "--steps 1000 --batch 16 --eval-every 0 "
 FULL = "--eval-every 3000 "
+LEVELS = (30, 40, 50, 60, 70, 80, 90, 99)  # noise levels of 0 .. 99
 DRAWS, BETAS, GAMMAS = (1, 2, 4, 8, 16, 32), (0.25, 0.5, 1, 2), (0, 0.1, 0.25, 0.5, 1)
+DRAWN = "--steps 1000 --eval-every 0 --gamma {} --draws {} --batch {}"
+ONE_DRAW = DRAWN.format(0, 1, 512)
 RATIOS, MOVED = (0, 0.5, 1, 2), (0, 0.5, 1)
 ON_POLICY = {"d3po": "--method d3po --steps 205 ",  # as many network calls as SHORT
              "spo": "--method spo --steps 140 "}
@@ -54,6 +58,27 @@ class OneMode(dpo.Ring):
         return self.std * torch.randn(n, 2, generator=gen)
 
 
+class Moved(dpo.Ring):
+    """A ring whose samples, a share of them, have noise of standard deviation 1/2 on top."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def sample(self, n, gen):
+        moved = torch.rand(n, 1, generator=gen) < self.share  # (n, 1)
+        return super().sample(n, gen) + 0.5 * moved * torch.randn(n, 2, generator=gen)
+
+
+class VelocityPolicy(dpo.ToyPolicy):
+    """Its network corrects the reference's velocity u, not its eps_hat = a_t u + x_t: at much noise
+    it cannot move eps_hat far."""
+
+    def denoise(self, x_t, t):
+        reference = self.ring(x_t, t)
+        a_t = self.ring.alphas_cumprod[t][:, None].sqrt()
+        return reference + a_t * (super().denoise(x_t, t) - reference)
+
+
 def build(cfg, change):
     """The toy, or what differs from it."""
     ring = None
@@ -66,11 +91,97 @@ def build(cfg, change):
         toy.reward = lambda x: 0 * x[:, 0]
         toy.pairs = dpo.ToyPairs(toy.ring, cfg.pairs, cfg.seed, toy.reward)
     if isinstance(change, float):
-        pairs = type("Pairs", (dpo.ToyPairs,), {"noisy_share": change})
-        toy.pairs = pairs(toy.ring, cfg.pairs, cfg.seed)
+        toy.pairs = dpo.ToyPairs(Moved(change), cfg.pairs, cfg.seed)
     if change == "linear betas, constant weight":
         toy.weight = toy.weight.mean().expand(len(toy.weight))
+    if change == "velocity":
+        toy.policy = VelocityPolicy(toy.ring, cfg.seed)
     return toy
+
+
+def changed_step(change):
+    """A dpo_step with another loss."""
+    def step(problem, batch, cfg):
+        x_w, x_l, cond = problem.encode(batch)
+        err_w, err_l, ref_w, ref_l = errors = dpo.pair_errors(problem, x_w, x_l, batch["t"],
+                                                              batch["eps"], cond)
+        if change == "exact margin":  # the same log-ratios, r = -log p_ref without a draw
+            exact_w, exact_l = -problem.ring.log_prob(x_w), -problem.ring.log_prob(x_l)
+            errors = exact_w + err_w - ref_w, exact_l + err_l - ref_l, exact_w, exact_l
+        losses, logit = dpo.dpo_loss(*errors, cfg.beta, cfg.gamma)
+        if change == "SFT on the preferred":
+            losses = losses + 0.03 * err_w
+        (losses.sum() / cfg.batch).backward()
+        right = (logit.sign() + 1) / 2
+        return torch.stack([losses, right, logit, logit**2, *errors]).detach().sum(1)
+
+    return step if change in ("exact margin", "SFT on the preferred") else dpo.dpo_step
+
+
+@torch.no_grad()
+def log_ratios(toy, x, draws=64):
+    """log p_theta - log p_ref (N,) at x (N, 2), by the ELBOs."""
+    found = []
+    for number, some in enumerate(x.split(2000)):
+        drawn = [dpo.draw_noise(f"ratio {number}", 0, row, draws, len(toy.weight), toy.shape)
+                 for row in range(len(some))]
+        t, eps = map(torch.stack, zip(*drawn, strict=True))
+        err, _, ref_err, _ = dpo.pair_errors(toy, some, some, t, eps, {})
+        found.append(ref_err - err)
+    return torch.cat(found)
+
+
+def distill(toy, samples=40_000, steps=2000, batch=1024):
+    """A second stage: a new policy, by plain denoising of samples of the reference, each drawn as
+    often as it is likelier by the policy's own log-ratio."""
+    gen, T = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight)
+    x = toy.ring.sample(samples, gen)
+    share = log_ratios(toy, x).softmax(0)
+    toy.policy = dpo.ToyPolicy(toy.ring, toy.cfg.seed)
+    optimizer = torch.optim.AdamW(toy.policy.parameters(), toy.cfg.lr, weight_decay=0.01)
+    for step in range(steps):
+        rate = min((step + 1) / 100, (steps - step) / steps)  # risen and falling, as in train()
+        optimizer.param_groups[0]["lr"] = toy.cfg.lr * rate
+        x_0 = x[torch.multinomial(share, batch, replacement=True, generator=gen)]
+        t, eps = torch.randint(T, (batch,), generator=gen), torch.randn(batch, 2, generator=gen)
+        abar_t = toy.alphas_cumprod[t][:, None]
+        x_t = abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
+        optimizer.zero_grad()
+        dpo.weighted_errors(toy.policy, toy, x_t, t, eps, {}).mean().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def drift(toy, samples=500):
+    """How far policy and reference are from the denoiser of p*, on samples of p*: of each noise
+    level in LEVELS the mean T omega_t ||eps_hat - eps*||^2, and the part of the policy's that one
+    and the same vector makes. eps* is a sum over a grid."""
+    cfg, gen = toy.cfg, dpo.generator("drift")
+    axis = torch.linspace(-dpo.EXTENT, dpo.EXTENT, 121)
+    grid = torch.cartesian_prod(axis, axis)  # (M, 2)
+    log_p = (cfg.beta * toy.ring.log_prob(grid) + toy.reward(grid)) / (cfg.beta + cfg.gamma)
+    chosen = torch.multinomial(log_p.softmax(0), samples, replacement=True, generator=gen)
+    eps, found = torch.randn(samples, 2, generator=gen), {"policy": [], "reference": [],
+                                                         "common": []}
+    for level in LEVELS:
+        a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
+        x_t, t = a_t * grid[chosen] + s_t * eps, torch.full((samples,), level)
+        log_posterior = log_p - (x_t[:, None] - a_t * grid).square().sum(2) / (2 * s_t**2)
+        exact = (x_t - a_t * (log_posterior.softmax(1) @ grid)) / s_t  # (samples, 2)
+        off = {"policy": toy.policy.denoise(x_t, t) - exact, "reference": toy.ring(x_t, t) - exact}
+        off["common"] = off["policy"].mean(0, keepdim=True)
+        for name, vectors in off.items():
+            found[name].append((toy.weight[level] * vectors.square().sum(1).mean()).item())
+    return found
+
+
+def as_a_judge(toy):
+    """What the policy's log-ratio says of samples of the reference: how it goes with the reward,
+    and minus the logarithm of the mean of p_theta / p_ref, 0 for a density, in nats."""
+    x = toy.ring.sample(10_000, dpo.generator("judge"))
+    ratio, wanted = log_ratios(toy, x), toy.reward(x) / toy.cfg.beta
+    return {"correlation": torch.corrcoef(torch.stack([ratio, wanted]))[0, 1].item(),
+            "nats_lost": math.log(len(x)) - ratio.logsumexp(0).item()}
 
 
 def logits(toy, cfg):
@@ -101,10 +212,18 @@ def run(job):
           contextlib.redirect_stdout(io.StringIO())):
         cfg = (on_policy if own else dpo).parse([*argv, "--out", f"{out}/run"])
         toy = on_policy.make_problem(cfg, None) if own else build(cfg, change)
+        if change == "Bradley-Terry":  # to the scores noise of which the larger one wins as often
+            score, gen = toy.score, dpo.generator(seed, "labels")
+            toy.score = lambda x_0, batch: score(x_0, batch) - torch.empty(
+                x_0.shape[:2]).exponential_(generator=gen).log()
         dpo.draw_picture = lambda toy, path, rows: curve.append(
             {"step": int(path.stem[-8:])} | toy.measure()[0])
-        rows = dpo.train(toy, cfg, on_policy.on_policy_step if own else dpo.dpo_step)
+        rows = dpo.train(toy, cfg, on_policy.on_policy_step if own else changed_step(change))
+    if change == "distilled":
+        distill(toy)
     numbers, densities = toy.measure()
+    if flags.startswith(FULL) or flags == ONE_DRAW:
+        numbers |= as_a_judge(toy) | {"drift": drift(toy)}
     held_out = {name: value for name, value in rows[-1].items() if name.startswith("held_out_")}
     numbers |= held_out | {"map": {name: p.tolist() for name, p in densities.items()}}
     if curve:
@@ -128,14 +247,15 @@ def experiments():
             "beta 0.5: `--toy --proxy`": "--proxy",
             "beta 0.25: `--toy --proxy --beta 0.25`":
                 "--proxy --beta 0.25"}.items()},
-        "a-draws": {(gamma, draws): (
-            f"--steps 1000 --eval-every 0 --gamma {gamma} --draws {draws} --batch {512 // draws}",
-            None) for gamma in (0, 0.5) for draws in DRAWS},
+        "a-draws": {(gamma, draws): (DRAWN.format(gamma, draws, 512 // draws), None)
+                    for gamma in (0, 0.5) for draws in DRAWS},
         "b-beta": {beta: (SHORT + f"--beta {beta}", None) for beta in BETAS},
         "c-gamma": {gamma: (SHORT + f"--gamma {gamma}", None) for gamma in GAMMAS}
         | {("one mode", ratio): (SHORT + f"--gamma {ratio / 2}", "one mode") for ratio in RATIOS},
-        "d-few-pairs": {name: (FEW + flags.format(0.5, 1), None) for name, flags in FAIR.items()},
-        "d-proxy": {name: (PROXY + flags.format(0.25, 0.5), None) for name, flags in FAIR.items()},
+        "d-few-pairs": {name: (FEW + flags.format(0.5, 1), None) for name, flags in FAIR.items()}
+        | {"SEE-DPO, exact margin": (FEW + FAIR["SEE-DPO"].format(0.5), "exact margin")},
+        "d-proxy": {name: (PROXY + flags.format(0.25, 0.5), None) for name, flags in FAIR.items()}
+        | {"SEE-DPO, exact margin": (PROXY + FAIR["SEE-DPO"].format(0.25), "exact margin")},
         "e-noise": {gamma: (SHORT + f"--gamma {gamma}", "logits") for gamma in (0, 0.5)},
         "f-weight": {change: (SHORT, change) for change in (
             "linear betas", "linear betas, constant weight")},
@@ -145,7 +265,20 @@ def experiments():
                       for method, betas in OWN_BETAS.items() for beta in betas}
         | {("d3po, gamma 0.5", 1): (ON_POLICY["d3po"] + "--beta 1 --gamma 0.5", None),
            ("spo, gamma 5", 10): (ON_POLICY["spo"] + "--beta 10 --gamma 5", None),
-           ("sft", None): (SHORT + "--method sft", None)}}
+           ("sft", None): (SHORT + "--method sft", None)}
+        | {(f"{method}, chance{more}", beta): (ON_POLICY[method] + f"--beta {beta}{flags}",
+                                              "Bradley-Terry")
+           for method, beta, gamma in (("d3po", 1, 0.5), ("spo", 10, 5))
+           for more, flags in (("", ""), (f", gamma {gamma}", f" --gamma {gamma}"))},
+        "i-drift": {"DPO": (FULL, None), "anchor 0.05": (FULL + "--anchor 0.05", None),
+                    "anchor 0.2": (FULL + "--anchor 0.2", None),
+                    "SFT on the preferred": (FULL, "SFT on the preferred"),
+                    "velocity": (FULL, "velocity"),
+                    "one draw": (ONE_DRAW, None),
+                    "distilled": (FULL, "distilled"),
+                    "SEE-DPO, gamma 0.5": (FULL + "--gamma 0.5", None),
+                    "SEE-DPO, gamma 0.5, anchor 0.05": (FULL + "--gamma 0.5 --anchor 0.05",
+                                                        None)}}
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -238,7 +371,7 @@ def draw(found):
             "d-proxy", ("reward_policy", "proxy_policy")):
         chart, axes = figure()
         for ax, what in zip(axes, shown, strict=True):
-            for (label, runs), colour in zip(found[name].items(), (blue, orange, green),
+            for (label, runs), colour in zip(found[name].items(), (blue, orange, green, red),
                                              strict=True):
                 curves = [each["curve"] for each in runs]
                 points = list(zip(*curves, strict=True))
@@ -272,9 +405,12 @@ def draw(found):
               ("SEE-DPO, beta 0.5", "tab:cyan", [found["c-gamma"][gamma] for gamma in GAMMAS[1:]])]
     points += [(name.upper(), colour, [found["h-methods"][name, beta] for beta in OWN_BETAS[name]])
                for name, colour in (("d3po", green), ("spo", red))]
-    points += [("SEE-D3PO", "limegreen", [found["h-methods"]["d3po, gamma 0.5", 1]]),
-               ("SEE-SPO", "salmon", [found["h-methods"]["spo, gamma 5", 10]]),
-               ("SFT", "tab:purple", [found["h-methods"]["sft", None]])]
+    for name, colour, beta, gamma in ("d3po", "limegreen", 1, 0.5), ("spo", "salmon", 10, 5):
+        settings = [name + more for more in (f", gamma {gamma}", ", chance",
+                                             f", chance, gamma {gamma}")]
+        points += [(setting.upper().replace("GAMMA", "gamma").replace("CHANCE", "chance"), colour,
+                    [found["h-methods"][setting, beta]]) for setting in settings]
+    points.append(("SFT", "tab:purple", [found["h-methods"]["sft", None]]))
     for label, colour, settings in points:
         runs = [numbers for each in settings for numbers in each]
         ax.plot([n["entropy_policy"] for n in runs], [n["reward_policy"] for n in runs], ".",
@@ -288,15 +424,40 @@ def draw(found):
             "SEE-DPO, gamma 0.5": (found["readme"]["SEE-DPO: `--toy --gamma 0.5`"], "policy"),
             "D3PO, beta 1": (found["h-methods"]["d3po", 1], "policy"),
             "SPO, beta 10": (found["h-methods"]["spo", 10], "policy")}
-    chart, axes = figure(6, 15, 3)
-    most = max(max(map(max, found["b-beta"][0.5][0]["map"]["optimum"])), 0)
+    draw_maps("methods", maps, "reward {reward:.2f}, entropy {entropy:.2f}")
+    drifted, anchored = found["i-drift"]["DPO"], found["i-drift"]["anchor 0.05"]
+    draw_maps("i-solvers", {"optimum p*": (drifted, "optimum"), "DPO, by DDPM": (drifted, "policy"),
+                            "DPO, by an ODE": (drifted, "policy_ode"),
+                            "anchor 0.05, by DDPM": (anchored, "policy"),
+                            "anchor 0.05, by an ODE": (anchored, "policy_ode")},
+              "TV to p* {tv:.2f}")
+
+    chart, ax = figure(1, 7)
+    for label, runs, which, style in (
+            ("reference", drifted, "reference", {"c": "gray"}), ("DPO", drifted, "policy",
+                                                                 {"c": blue}),
+            ("DPO, the common vector's part", drifted, "common", {"c": blue, "ls": ":"}),
+            ("one draw", found["i-drift"]["one draw"], "policy", {"c": orange}),
+            ("anchor 0.05", anchored, "policy", {"c": green})):
+        levels = [[{"nats": numbers["drift"][which][at]} for numbers in runs]
+                  for at in range(len(LEVELS))]
+        line(ax, LEVELS, levels, "nats", label, **style)
+    ax.set(yscale="log", xlabel="noise level t of 0 .. 99", ylabel="T omega |eps_hat - eps*|^2",
+           title="distance to the denoiser of p*, on its samples")
+    finish("i-drift", chart, ax)
+
+
+def draw_maps(name, maps, caption):
+    """Densities of the first seed side by side. maps: {title: (runs, whose)}."""
+    chart, axes = figure(len(maps), 2.5 * len(maps), 3)
     for ax, (label, (runs, which)) in zip(axes, maps.items(), strict=True):
-        box = 2 * (-dpo.EXTENT, dpo.EXTENT)
-        ax.imshow(torch.tensor(runs[0]["map"][which]).T, origin="lower", extent=box, vmax=most)
+        box, optimum = 2 * (-dpo.EXTENT, dpo.EXTENT), runs[0]["map"]["optimum"]
+        numbers = {what: runs[0][f"{what}_{which}"] for what in ("reward", "entropy", "tv")}
+        ax.imshow(torch.tensor(runs[0]["map"][which]).T, origin="lower", extent=box,
+                  vmax=max(map(max, optimum)))
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"{label}\nreward {runs[0][f'reward_{which}']:.2f}, entropy "
-                     f"{runs[0][f'entropy_{which}']:.2f}", fontsize=10)
-    chart.savefig(OUT / "methods.png", dpi=80)
+        ax.set_title(f"{label}\n{caption.format(**numbers)}", fontsize=10)
+    chart.savefig(OUT / f"{name}.png", dpi=80)
     plt.close(chart)
 
 
@@ -346,8 +507,9 @@ def write(found):
     readme = found["readme"]
     dpo_sft, proxy = list(readme)[:3], list(readme)[3:]
     end = ("tv_policy", "reward_policy", "entropy_policy")
-    print(table(readme, dpo_sft, ("tv_reference", "tv_policy", "tv_floor", "reward_policy",
-                                  "reward_optimum", "entropy_policy", "entropy_optimum")))
+    print(table(readme, dpo_sft, ("tv_reference", "tv_policy", "tv_policy_ode", "tv_floor",
+                                  "reward_policy", "reward_optimum", "entropy_policy",
+                                  "entropy_optimum")))
     print(table(readme, dpo_sft, ["held_out_" + name for name in (
         "accuracy", "standard_error", "accuracy_of_true_reward", "kendall_tau", "margin", "rise_w",
         "rise_l")]))
@@ -355,7 +517,9 @@ def write(found):
                                 "proxy_reference", "proxy_policy", "held_out_kendall_tau")))
     for name, columns in (("a-draws", ("tv_policy", "tv_floor", "reward_policy")),
                           ("b-beta", (*end, "reward_optimum", "entropy_optimum")),
-                          ("f-weight", end), ("g-coverage", end), ("h-methods", end)):
+                          ("f-weight", end), ("g-coverage", end), ("h-methods", end),
+                          ("i-drift", ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost",
+                                       "correlation"))):
         print(name + "\n" + table(found[name], found[name], columns))
     rings = {gamma: found["c-gamma"][gamma] for gamma in GAMMAS}
     print("c-gamma\n" + table(rings, rings, (*end, "entropy_optimum", "tv_floor")))

@@ -1340,8 +1340,8 @@ BRIEF = "--steps 4 --batch 4 --pairs 200 "
 def brief(monkeypatch):
     """Runs with few samples and held-out pairs and without toy.png; undoes what run() sets."""
     real, threads = dpo.toy_sample, torch.get_num_threads()
-    monkeypatch.setattr(dpo, "toy_sample", lambda denoiser, abars, n, gen: real(
-        denoiser, abars, n // 100, gen))
+    monkeypatch.setattr(dpo, "toy_sample", lambda denoiser, abars, n, gen, eta=1.0: real(
+        denoiser, abars, n // 100, gen, eta))
     monkeypatch.setattr(dpo, "HELD_OUT_PAIRS", 50)
     monkeypatch.setattr(dpo, "SAMPLES", 25_000)
     monkeypatch.setattr(dpo, "draw_picture", lambda *given: None)
@@ -1368,7 +1368,6 @@ def test_experiments_change_what_they_say():
     assert linear.weight.std() > 1 and toy.weight.std() < 0.1 * toy.weight.mean()
     spread = [(built(moved).pairs.x_w.norm(dim=1) - 2).std() for moved in (0.0, 0.5, 1.0)]
     assert 0.9 * 0.5 < spread[0] < spread[1] < spread[2]
-    assert torch.equal(built(0.5).pairs.x_w, toy.pairs.x_w)
 
 
 @pytest.mark.slow
@@ -1456,13 +1455,15 @@ def test_tables_and_figures_are_made_of_all_experiments(brief, tmp_path, monkeyp
     """Every figure of the notebook is drawn; every JSON file holds each setting and seed; labels
     with a command are that run."""
     numbers = study.run((BRIEF + "--eval-every 4 --sample-every 2", None, 0))
-    numbers |= {"std": 0.5, "logits": {"t and eps": 1.0, "t": 2.0, "nothing": 3.0}}
+    numbers |= {"std": 0.5, "logits": {"t and eps": 1.0, "t": 2.0, "nothing": 3.0},
+                "nats_lost": 0.0, "correlation": 0.5,
+                "drift": dict.fromkeys(("policy", "reference", "common"), [1.0] * 8)}
     plan = study.experiments()
     found = {name: {label: [numbers] * 3 for label in labels} for name, labels in plan.items()}
     monkeypatch.setattr(study, "OUT", tmp_path)
     study.write(found)
     study.draw(found)
-    shown = re.findall(r"\(study/([a-h]-\S+\.png)\)", (ROOT / "toy" / "README.md").read_text())
+    shown = re.findall(r"\(study/([a-i]-\S+\.png)\)", (ROOT / "toy" / "README.md").read_text())
     assert {path.name for path in tmp_path.glob("*.png")} == {*shown, "methods.png"}
     for name, labels in plan.items():
         rows = json.loads((tmp_path / f"{name}.json").read_text())
