@@ -119,9 +119,9 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0, anchor=0.0):
     At step 0 policy = reference. With gamma = 0 the logit is 0 and the loss log 2 = 0.693, whatever
     the pair; with gamma > 0 the margin is left, here -0.1: the loss is log(1 + e^0.1) = 0.744.
 
-    What raises both errors alike cancels. anchor (ours) sees it, where pairs are samples of p_ref
-    and errors in nats: the mean of p_theta / p_ref there, E[exp(r - e)], is 1 for a density and
-    less for worse errors. p* loses nothing by it; far below beta^2 / 2, or the noise of e is fed.
+    What raises both errors alike cancels. anchor (ours) sees it, if pairs are samples of p_ref and
+    errors in nats: the mean of p_theta / p_ref, that is of exp(r - e), is 1 for a density, and less
+    for larger errors. p* loses nothing. Keep it well below beta^2 / 2, or it pays for noise in e.
     """
     # The differences first: policy and reference nearly cancel, and beta is in the thousands.
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)
@@ -170,7 +170,8 @@ def draw_noise(seed, epoch, row, draws, T, shape):
 def signal_and_noise(abar_t, prediction):
     """a_t and s_t, shaped like abar_t; for flow matching scaled to a_t + s_t = 1."""
     a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
-    return (a_t / (a_t + s_t), s_t / (a_t + s_t)) if prediction == "flow" else (a_t, s_t)
+    total = a_t + s_t if prediction == "flow" else 1
+    return (a_t / total).float(), (s_t / total).float()
 
 
 def weighted_errors(network, problem, x_t, t, target, cond):
@@ -200,8 +201,7 @@ def pair_errors(problem, x_w, x_l, t, eps, cond):
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
         ref_errors = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
     errors = weighted_errors(problem.policy, problem, x_t, t, target, cond)  # (2BK,)
-    # The mean over draws comes here, before the log-sigmoid: in the toy 512 draws a step end at TV
-    # 0.11 as 16 pairs of 32, at 0.39 as 512 pairs of one: a noisy logit teaches caution.
+    # The mean over draws comes here, before the log-sigmoid: a noisy logit teaches caution, README.
     err_w, err_l = errors.view(2, B, K).mean(2)  # (B,) each
     ref_err_w, ref_err_l = ref_errors.view(2, B, K).mean(2)
     return err_w, err_l, ref_err_w, ref_err_l
@@ -246,8 +246,7 @@ def velocity(denoiser, alphas_cumprod, x_t, t):
 
 
 class ToyPolicy(nn.Module):
-    """The reference plus a network whose last layer starts at 0, so that policy = reference. It
-    corrects eps_hat; a flow is computed from that."""
+    """The reference plus a network that corrects eps_hat and starts at 0."""
 
     folder = "policy"  # its place in --out
 
@@ -265,9 +264,9 @@ class ToyPolicy(nn.Module):
         return self.ring(x_t, t) + self.net(torch.cat([x_t, level], 1))
 
     def forward(self, x_t, t):
-        if self.prediction == "flow":
-            return velocity(self.denoise, self.ring.alphas_cumprod, x_t, t)
-        return self.denoise(x_t, t)
+        if self.prediction == "epsilon":
+            return self.denoise(x_t, t)
+        return velocity(self.denoise, self.ring.alphas_cumprod, x_t, t)
 
     def save(self, folder):
         folder.mkdir(parents=True)
@@ -289,8 +288,7 @@ def toy_proxy(x):
 
 
 class ToyPairs:
-    """n pairs of samples of the reference, labelled by chance: by the Bradley-Terry model of
-    `reward`."""
+    """n pairs of samples of the reference, labelled by the Bradley-Terry model of `reward`."""
 
     def __init__(self, ring, n, seed, reward=toy_reward):
         gen = generator(seed, "toy pairs")
@@ -298,13 +296,12 @@ class ToyPairs:
         prefers_0 = torch.rand(n, generator=gen) < torch.sigmoid(reward(x_0) - reward(x_1))
         self.x_w = torch.where(prefers_0[:, None], x_0, x_1)
         self.x_l = torch.where(prefers_0[:, None], x_1, x_0)
-        self.true_logit = toy_reward(self.x_w) - toy_reward(self.x_l)  # (n,)
 
     def __len__(self):
         return len(self.x_w)
 
     def __getitem__(self, key):
-        return {name: getattr(self, name)[key[1]] for name in ("x_w", "x_l", "true_logit")}
+        return {"x_w": self.x_w[key[1]], "x_l": self.x_l[key[1]]}
 
 
 EXTENT, BINS, FINE = 5.0, 30, 8  # densities are compared on 30 x 30 squares of [-5, 5]^2
@@ -341,9 +338,8 @@ def entropy(p):
 
 
 def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
-    """Mean, like x_t and eps, and standard deviation of a denoising step from abar_t to abar_next,
-    scalars: DDIM (arXiv:2010.02502, Eq. 12 and 16). From t to t - 1 it is DDPM at eta = 1, and at
-    eta = 0 a step of an ODE, without noise: as Stable Diffusion is drawn in practice."""
+    """Mean and standard deviation of a step from abar_t to abar_next, scalars (arXiv:2010.02502,
+    Eq. 12, 16). From t to t - 1 eta = 1 is DDPM; eta = 0 an ODE, as Stable Diffusion is drawn."""
     x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     variance = eta**2 * (1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next)  # at the end 0
     direction = (1 - abar_next - variance).clamp(min=0).sqrt() * eps  # rounding may give -1e-8
@@ -410,7 +406,6 @@ def pair_keys(n, cfg, start, rank, world):
     @functools.lru_cache(maxsize=2)
     def order(epoch):
         return torch.randperm(n, generator=generator(cfg.seed, "order", epoch))
-
     for step in range(start, cfg.steps):
         for first in range(rank * cfg.micro_batch, cfg.batch, world * cfg.micro_batch):
             begin = step * cfg.batch + first
@@ -462,9 +457,8 @@ def train_step(problem, optimizer, batches, cfg, step, micro_step=dpo_step):
 
 
 def train(problem, cfg, micro_step=dpo_step):
-    """Trains problem.policy, a toy's or SDXL's, on one process or, under torchrun, on many. Goes on
-    from the newest checkpoint in cfg.out, as if nothing had happened: what dies with a machine is
-    the steps since then. Returns the rows of metrics.jsonl."""
+    """Trains problem.policy on one process or, under torchrun, on many; goes on from the newest
+    checkpoint in cfg.out, as if nothing had happened. Returns the rows of metrics.jsonl."""
     rank, out, policy = rank_and_world()[0], Path(cfg.out), problem.policy
     optimizer = make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
     start, unreadable = load_checkpoint(out, policy, optimizer)
@@ -472,7 +466,6 @@ def train(problem, cfg, micro_step=dpo_step):
 
     def due(every):  # every so many steps, and at the end
         return every and step and (step % every == 0 or step == cfg.steps)
-
     try:
         for step in range(start, cfg.steps + 1):  # `step` of them have been taken
             if unreadable > max(1, step * cfg.batch / 100):
@@ -524,9 +517,8 @@ def root_of(data):
 
 
 def load_pairs(data, split):
-    """--data as a datasets.Dataset, its columns (caption, first, second image), and for each row
-    the label: 1 if the first image is preferred, 0 if the second is, 0.5 or None for a tie. No
-    image is decoded. Raises Refusal."""
+    """--data as a datasets.Dataset, its columns (caption, first, second image), and a label a row:
+    1 or 0, first or second preferred; 0.5 or None, a tie. No image is decoded. Raises Refusal."""
     import datasets
     path, files = data, None
     if Path(data, "pairs.jsonl").is_file():
@@ -563,8 +555,7 @@ def read_image(value, root):
         raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -590,9 +581,8 @@ class ImagePairs:
         self.prompts = [prompt or "" for prompt in self.captions.unique(self.columns[0])]
         self.cache = None  # see cache_latents
         if rank_and_world()[0] == 0:
-            bare = self.captions.with_format("arrow")[:].column(0).null_count
-            print(f"data        {cfg.data}, {split}: {len(self):,} pairs, {bare:,} of them without"
-                  f" caption; {len(labels) - len(self):,} ties dropped")
+            print(f"data        {cfg.data}, {split}: {len(self):,} pairs;"
+                  f" {len(labels) - len(self):,} ties dropped")
 
     def __len__(self):
         return len(self.table)
@@ -603,7 +593,7 @@ class ImagePairs:
         caption, *sides = self.columns
         if self.labels[row] == 0:
             sides.reverse()  # preferred first
-        # Drawn once, for both images: the pair shares its noise, so let it share its geometry.
+        # Once for both images: the pair shares its noise, so let it share its geometry.
         gen = generator(self.cfg.seed, "augment", epoch, row)
         u, v, flip, drop = torch.rand(4, generator=gen).tolist()
         if epoch == HELD_OUT:  # the middle of the image, not flipped, with its caption
@@ -620,8 +610,7 @@ class ImagePairs:
                 image = read_image(values[side], self.root)
                 images.append(square(image, self.cfg.resolution, u, v, flip < 0.5))
         except Exception as error:  # decoders raise anything; it all means the same
-            why = first_line(error).split(" <")[0]  # without an address in memory
-            raise ValueError(f"{side}, {why}") from error
+            raise ValueError(f"{side}, {first_line(error).split(' <')[0]}") from error  # no address
         return {"prompt": prompt, "images": torch.stack(images)}
 
     def __getitem__(self, key):
@@ -639,70 +628,70 @@ class ImagePairs:
 # ---------------------------------------------------------------------------- 6. Stable Diffusion
 
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-       "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+       "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+       "sd35": "stabilityai/stable-diffusion-3.5-medium"}
+BUILDS = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl",
+          "StableDiffusion3Pipeline": "sd35"}
 
 
-class UNetPolicy(nn.Module):
-    """diffusers' UNet, called like the toy: (x_t, t, **cond) -> prediction."""
+class NetworkPolicy(nn.Module):
+    """diffusers' UNet or transformer, called like the toy. times (T,): a transformer's own t."""
 
-    folder = "unet"
-
-    def __init__(self, unet):
+    def __init__(self, network, times=None):
         super().__init__()
-        self.unet = unet
+        self.network, self.times = network, times
+        self.folder = self.part = "unet" if times is None else "transformer"  # in a pipeline
 
     def forward(self, x_t, t, prompt, **added):
-        return self.unet(x_t, t, prompt, added_cond_kwargs=added, return_dict=False)[0]
+        if self.part == "unet":
+            return self.network(x_t, t, prompt, added_cond_kwargs=added, return_dict=False)[0]
+        return self.network(x_t, prompt, timestep=self.times[t], return_dict=False, **added)[0]
 
     def save(self, folder):
-        self.unet.save_pretrained(folder, max_shard_size="1TB")  # one file, as on the hub
+        self.network.save_pretrained(folder, max_shard_size="1TB")  # one file, as on the hub
 
     def load(self, folder):
-        self.unet.load_state_dict(load_file(folder / WEIGHTS))
+        self.network.load_state_dict(load_file(folder / WEIGHTS))
 
 
-class LoraPolicy(UNetPolicy):
-    """A frozen UNet and adapters that start at 0, trained in fp32; without them, the reference."""
+class LoraPolicy(NetworkPolicy):
+    """A frozen network and adapters that start at 0, in fp32; without them, the reference."""
 
-    folder = "lora"
-
-    def __init__(self, unet, rank, seed):
+    def __init__(self, network, times, rank, seed):
         import peft
-        super().__init__(unet.requires_grad_(False))
+        super().__init__(network.requires_grad_(False), times)
+        self.folder = "lora"
         torch.manual_seed(seed)
-        unet.add_adapter(peft.LoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"]))  # as diffusers' examples do
-        self.adapters = {"unet." + name.replace(".default", ""): p  # as diffusers names them
-                         for name, p in unet.named_parameters() if p.requires_grad}
+        network.add_adapter(peft.LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian",  # as diffusers' examples do
+            target_modules=["to_q", "to_k", "to_v", "to_out.0",  # the rest: SD3, for the text
+                            "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]))
+        self.adapters = {f"{self.part}.{name.replace('.default', '')}": p  # as diffusers does
+                         for name, p in network.named_parameters() if p.requires_grad}
         for p in self.adapters.values():
             p.data = p.data.float()
-        adapted = peft.tuners.tuners_utils.BaseTunerLayer  # the UNet's own switch looks for these
-        self.layers = [module for module in unet.modules() if isinstance(module, adapted)]
 
     def reference(self, x_t, t, **cond):
-        for layer in self.layers:
-            layer.enable_adapters(False)
+        self.network.disable_adapters()
         prediction = self(x_t, t, **cond)
-        for layer in self.layers:
-            layer.enable_adapters(True)
+        self.network.enable_adapters()
         return prediction
 
-    def save(self, folder):  # the UNet's own save_lora_adapter writes names that pipelines miss
+    def save(self, folder):  # diffusers' own save_lora_adapter writes names that pipelines miss
         from diffusers.utils import convert_state_dict_to_kohya
         folder.mkdir(parents=True)
-        adapters = {name: p.detach() for name, p in self.adapters.items()}
-        save_file(adapters, folder / LORA_WEIGHTS)
-        save_file(convert_state_dict_to_kohya(adapters), folder / "kohya.safetensors")
+        save_file(self.adapters, folder / LORA_WEIGHTS)
+        if self.part == "unet":  # of SD3 ComfyUI loads the other file
+            save_file(convert_state_dict_to_kohya(self.adapters), folder / "kohya.safetensors")
 
     def load(self, folder):
-        saved = {name.replace("lora.down", "lora_A").replace("lora.up", "lora_B"): value
-                 for name, value in load_file(folder / LORA_WEIGHTS).items()}  # by older names, too
+        saved = load_file(folder / LORA_WEIGHTS)
         shapes = [{name: p.shape for name, p in each.items()} for each in (saved, self.adapters)]
         with safe_open(folder / LORA_WEIGHTS, "pt") as file:  # diffusers notes rank and alpha there
             noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        if shapes[0] != shapes[1] or noted.get("unet.lora_alpha") != noted.get("unet.r"):
-            raise ValueError("not adapters of this rank for this UNet, with alpha = rank")
+        rank, alpha = (noted.get(f"{self.part}.{name}") for name in ("r", "lora_alpha"))
+        if shapes[0] != shapes[1] or alpha != rank:
+            raise ValueError("not adapters of this rank for this network, with alpha = rank")
         for name, p in self.adapters.items():
             p.data.copy_(saved[name])
 
@@ -714,28 +703,46 @@ def load_pipeline(model):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    return diffusers.DiffusionPipeline.from_pretrained(HUB.get(model, model), safety_checker=None,
-                                                       use_safetensors=True)
+    kind, model = diffusers.DiffusionPipeline, HUB.get(model, model)
+    left_out = [name for name, of in kind.load_config(model).items() if of == [None, None]]  # a T5
+    return kind.from_pretrained(model, use_safetensors=True,
+                                **dict.fromkeys(["safety_checker", *left_out]))
+
+
+def read_schedule(config):
+    """alphas_cumprod (T,) and what networks predict, by a scheduler's config. Raises Refusal."""
+    if "shift" in config and not config.use_dynamic_shifting:
+        # SD3 draws logit(s_t) from a normal distribution (arXiv:2403.03206, 3.1), which `shift`
+        # moves. Our T levels are the quantiles of that: so t is uniform here, too.
+        T = config.num_train_timesteps
+        quantiles = (torch.arange(T).double() + 0.5) / T
+        logit = torch.special.ndtri(quantiles) + math.log(config.shift)
+        return torch.sigmoid(-2 * logit), "flow"  # a_t / s_t = (1 - s_t) / s_t = e^-logit
+    from diffusers import DDPMScheduler
+    schedule = DDPMScheduler.from_config(config)
+    prediction = schedule.config.prediction_type
+    if "beta_start" not in config or prediction not in ("epsilon", "v_prediction"):
+        raise Refusal("--model: it should predict epsilon or v with DDPM's noise, or SD3's flow")
+    return schedule.alphas_cumprod, prediction
 
 
 class StableDiffusion:
-    """SD1.5, SDXL, or a pipeline of their build, as a problem."""
+    """SD1.5, SDXL, SD3, or a pipeline of their build, as a problem."""
 
     def __init__(self, cfg, device, pipe, pairs=None, held_out=None):
-        import diffusers
         self.cfg, self.pipe, self.pairs, self.held_out = cfg, pipe, pairs, held_out
-        self.sources = pipe.unet.config.get("_name_or_path"), getattr(pairs, "source", None)
-        schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-        self.prediction = schedule.config.prediction_type
-        known = "beta_start" in pipe.scheduler.config  # or its noise would be another model's
-        if not known or self.prediction not in ("epsilon", "v_prediction"):
-            raise Refusal(f"--model {cfg.model}: it should predict epsilon or v, with DDPM's noise")
-        unet, bf16 = pipe.unet.float(), cfg.precision == "bf16"
+        alphas_cumprod, self.prediction = read_schedule(pipe.scheduler.config)
+        flow, bf16 = self.prediction == "flow", cfg.precision == "bf16"
+        network = (pipe.transformer if flow else pipe.unet).float()
+        self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)
+        times = 1000 * signal_and_noise(self.alphas_cumprod, "flow")[1] if flow else None
+        self.sources = network.config.get("_name_or_path"), getattr(pairs, "source", None)
         pipe.vae.float().enable_slicing()  # SDXL's overflows in fp16 (launcher: another)
-        encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder")]
+        encoders = [part for key, part in pipe.components.items()
+                    if key.startswith("text_encoder") and part]  # SD3's third may be left out
         nn.ModuleList(encoders).to(torch.bfloat16 if bf16 else torch.float32)
-        base = unet if cfg.lora else deepcopy(unet)
-        frozen = nn.ModuleList([base, pipe.vae, *encoders]).requires_grad_(False)
+        base = network if cfg.lora else deepcopy(network)
+        nn.ModuleList([base, pipe.vae, *encoders]).requires_grad_(False)
         if bf16:
             # Autocast rounds weights at every use. The reference's never change, so once is enough:
             # half the memory, the same numbers. The trained ones stay fp32: near 0.02 bf16 has a
@@ -743,29 +750,33 @@ class StableDiffusion:
             for module in base.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(torch.bfloat16)
-        self.policy = LoraPolicy(unet, cfg.lora, cfg.seed) if cfg.lora else UNetPolicy(unet)
-        self.reference = self.policy.reference if cfg.lora else UNetPolicy(base)
+        if cfg.lora:
+            self.policy = LoraPolicy(network, times, cfg.lora, cfg.seed)
+            self.reference = self.policy.reference
+        else:
+            self.policy, self.reference = NetworkPolicy(network, times), NetworkPolicy(base, times)
         if cfg.checkpointing == "on":
-            unet.enable_gradient_checkpointing()
-        pipe.to(device), frozen.to(device)
+            network.enable_gradient_checkpointing()
+        pipe.to(device), base.to(device)
         side = cfg.resolution // pipe.vae_scale_factor
-        self.shape = unet.config.in_channels, side, side
-        self.alphas_cumprod = schedule.alphas_cumprod.to(device)  # (T,)
-        self.weight = torch.full_like(self.alphas_cumprod, 1 / (2 * math.prod(self.shape)))
+        self.shape = network.config.in_channels, side, side
+        self.weight = torch.full_like(times if flow else self.alphas_cumprod,
+                                      1 / (2 * math.prod(self.shape)))  # (T,) fp32
         for each in filter(None, (pairs, held_out) if cfg.cache else ()):
             cache_latents(each, self)
         if cfg.compile:  # the blocks alone: of a whole UNet torch 2.13 on CPUs gets wrong gradients
             import torch._inductor.config as inductor
             inductor.emulate_precision_casts = True  # or bf16 rounds policy and reference apart
             torch._dynamo.config.recompile_limit = 64  # shapes times modes; more would run eagerly
-            for each in {unet, base}:
+            for each in {network, base}:
                 each.compile_repeated_blocks()
 
     @torch.no_grad()
     def encode_images(self, images):
         """Latents (N, *shape) fp32 of images (N, 3, H, W) uint8."""
-        images = images.to(self.weight.device, non_blocking=True) / 127.5 - 1
-        return self.pipe.vae.encode(images).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+        images, vae = images.to(self.weight.device, non_blocking=True) / 127.5 - 1, self.pipe.vae
+        latents = vae.encode(images).latent_dist.mode() - (vae.config.shift_factor or 0)
+        return latents * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode(self, batch):
@@ -780,10 +791,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        """{"prompt": (B, 77, D)} and, for SDXL, "text_embeds" (B, P) and "time_ids" (B, 6)."""
+        """What the network takes beside x_t and t, for B prompts: {name: (B, ...)}."""
+        flow = self.prediction == "flow"
         prompt, _, *pooled = self.pipe.encode_prompt(
-            prompts, device=self.weight.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=False)
+            prompts, *[None] * 2 * flow, device=self.weight.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=False)  # None: SD3's other encoders get the same prompts
+        if flow:
+            return {"prompt": prompt, "pooled_projections": pooled[0]}
         if not pooled:
             return {"prompt": prompt}
         cond = {"prompt": prompt, "text_embeds": pooled[0]}
@@ -801,8 +815,8 @@ def cache_file(folder, row):
 
 
 def cache_latents(pairs, problem):
-    """--cache: `pairs` give latents from the disk, computed once, CHUNK pairs to a file, each
-    process its share; without random crop and flip, which would need an encoding each."""
+    """--cache: `pairs` give latents from the disk, computed once, each process its share of files;
+    without random crop and flip, which would need an encoding each."""
     from datasets.fingerprint import Hasher
     cfg, (rank, world) = problem.cfg, rank_and_world()
     changed = [(str(file), file.stat().st_mtime_ns) for place in (cfg.data, cfg.model)
@@ -838,7 +852,7 @@ def evaluate(problem, cfg):
     n, size = len(problem.held_out), max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)
     keys = [[(HELD_OUT, row) for row in range(first, min(first + size, n))]
             for first in range(rank * size, n, world * size)]
-    found = []  # of each batch: rows (B,), four errors and, of a toy, the true logit (B, 5)
+    found = []  # of each batch: rows (B,) and four errors (B, 4)
     noised = Noised(problem.held_out, problem, "held out", EVAL_DRAWS)
     for batch in tqdm(loader(noised, keys, cfg), "evaluate", len(keys), ncols=99,
                       disable=rank > 0 or cfg.evaluate is None):
@@ -846,22 +860,17 @@ def evaluate(problem, cfg):
         t, eps = batch["t"].to(x_w.device), batch["eps"].to(x_w.device)
         with autocast(problem):
             errors = pair_errors(problem, x_w, x_l, t, eps, cond)
-        true = batch.get("true_logit", torch.zeros(len(t))).to(x_w.device)
         read = torch.tensor([not why for why in batch["unreadable"]])
-        found.append((batch["row"][read], torch.stack([*errors, true], 1).cpu()[read]))
+        found.append((batch["row"][read], torch.stack(errors, 1).cpu()[read]))
     rows, numbers = (torch.cat(column) for column in zip(*sum(gather(found), []), strict=True))
-    *errors, true = numbers[rows.argsort()].T  # (n,) each, in an order that no process changes
+    errors = numbers[rows.argsort()].T  # (4, n), in an order that no process changes
     logit = dpo_loss(*errors, cfg.beta, cfg.gamma)[1]  # (n,)
     right = logit.sign().double() / 2 + 0.5  # a tie is half right
-    results = {"accuracy": right.mean().item(), "margin": logit.mean().item(),
-               "standard_error": (right.mean() * (1 - right.mean()) / len(right)).sqrt().item(),
-               "rise_w": (errors[0] - errors[2]).mean().item(),
-               "rise_l": (errors[1] - errors[3]).mean().item(),
-               "pairs": len(logit), "unreadable": n - len(logit)}
-    if true.any():  # Kendall's tau within pairs only: there the noise is shared
-        results["kendall_tau"] = (logit.sign() * true.sign()).double().mean().item()
-        results["accuracy_of_true_reward"] = (true.sign() / 2 + 0.5).double().mean().item()
-    return results
+    return {"accuracy": right.mean().item(), "margin": logit.mean().item(),
+            "standard_error": (right.mean() * (1 - right.mean()) / len(right)).sqrt().item(),
+            "rise_w": (errors[0] - errors[2]).mean().item(),
+            "rise_l": (errors[1] - errors[3]).mean().item(),
+            "pairs": len(logit), "unreadable": n - len(logit)}
 
 
 def load_policy(policy, named):
@@ -934,8 +943,7 @@ def loader(pairs, keys, cfg):
 
 
 def load_batches(problem, cfg, start):
-    """The micro-batches of this process from step `start` on. Raises Stop, on all processes at the
-    same one, when a process has got a signal."""
+    """This process's micro-batches from step `start` on. A signal raises Stop, on all alike."""
     rank, world = rank_and_world()
     keys = pair_keys(len(problem.pairs), cfg, start, rank, world)
     signals, named = [], set()
@@ -1086,15 +1094,13 @@ def report_toy(toy, rows):
     """The end of a toy run: a table, a figure, and results.json."""
     cfg, out, (numbers, densities) = toy.cfg, Path(toy.cfg.out), toy.measure()
     print(f"\n\n{'mean reward':>27}{'entropy (nats)':>17}{'TV to p*':>12}")
-    shown = {"policy": "   (drawn by DDPM)", "policy_ode": "   (the same, by an ODE)"}
     for name in densities:
         print(f"{name:12}{numbers[f'reward_{name}']:15.3f}{numbers[f'entropy_{name}']:17.3f}"
-              f"{numbers[f'tv_{name}']:12.3f}{shown.get(name, '')}")
+              f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of p*: DPO should be near)")
     draw_picture(toy, out / "toy.png", rows, numbers, densities)
     held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out_")}
     write_json(out / "results.json", numbers | held_out | vars(cfg))
-    print(f"numbers     {out}/results.json")
 
 
 # --------------------------------------------------------------------------- 9. The command line
@@ -1110,42 +1116,42 @@ def at_least(least, kind):
 
 COUNT, SIZE, FACTOR = at_least(1, int), at_least(0, int), at_least(0, float)
 TEXT, ON, NO = {"metavar": "X"}, {"action": "store_true"}, object()
-# Options of argparse; defaults for toy, sd15, sdxl (NO: no such flag); meaning (default's source).
+PRESETS = ("toy", *HUB)
+# argparse's options; defaults for PRESETS, the last one for the rest (NO: none); meaning (source)
 FLAGS = {
-    "method": ({"choices": ("dpo", "sft")}, "dpo", "dpo", "dpo", "sft: the baseline of paper 5.5"),
-    "beta": (at_least(1e-9, float), 0.5, 2000.0, 5000.0, "weight of the KL (paper 5.1; toy: ours)"),
-    "gamma": (FACTOR, 0.0, 0.0, 0.0, "weight of the entropy; images: 0.01 to 0.05 beta (ours)"),
-    "anchor": (FACTOR, 0.0, 0.0, 0.0, "weight of what keeps both errors down; toy: 0.05 (ours)"),
-    "draws": (COUNT, 64, 1, 1, "draws of (t, eps) per pair (paper; toy: ours)"),
-    "data": (TEXT, NO, DEFAULT_DATA, DEFAULT_DATA, "hub id, parquet or JSON file, or folder"),
-    "split": (TEXT, NO, "train", "train", "the pairs to train on; a part: train[:-500]"),
+    "method": ({"choices": ("dpo", "sft")}, "dpo", "sft: the baseline of paper 5.5"),
+    "beta": (at_least(1e-9, float), 0.5, 2000.0, 5000.0, 100.0, "weight of the KL (paper 5.1)"),
+    "gamma": (FACTOR, 0.0, "weight of the entropy; images: 0.01 to 0.05 beta (ours)"),
+    "anchor": (FACTOR, 0.0, NO, "weight of what keeps both errors down, say 0.05"),
+    "draws": (COUNT, 64, 1, "draws of (t, eps) per pair (paper)"),
+    "data": (TEXT, NO, DEFAULT_DATA, "hub id, parquet or JSON file, or folder"),
+    "split": (TEXT, NO, "train", "the pairs to train on; a part: train[:-500]"),
     "resolution": (at_least(8, int), NO, 512, 1024, "pixels a side (the models' own)"),
-    "caption-dropout": (FACTOR, NO, 0.2, 0.2, "share of pairs without caption (released code)"),
-    "cache": (TEXT, NO, None, None, "folder for latents, computed once; no random crop and flip"),
-    "workers": (SIZE, 0, 4, 4, "processes that read images, per GPU (ours)"),
-    "pairs": (COUNT, 200_000, NO, NO, "how many pairs are made (ours)"),
-    "prediction": ({"choices": ("epsilon", "flow")}, "epsilon", NO, NO, "what networks output"),
-    "proxy": (ON, False, NO, NO, "label the pairs by a reward that errs, to see it hacked"),
-    "seed": (SIZE, 0, 0, 0, "same seed, same --batch: same run"),
-    "steps": (COUNT, 3000, 2000, 2000, "optimizer steps (released launchers; toy: ours)"),
-    "batch": (COUNT, 32, 2048, 2048, "pairs per step, all processes (paper 5.1; toy: ours)"),
+    "caption-dropout": (FACTOR, NO, 0.2, "share of pairs without caption (released code)"),
+    "cache": (TEXT, NO, None, "folder for latents, computed once; no random crop and flip"),
+    "workers": (SIZE, 0, 4, "processes that read images, per GPU (ours)"),
+    "pairs": (COUNT, 200_000, NO, "how many pairs are made"),
+    "prediction": ({"choices": ("epsilon", "flow")}, "epsilon", NO, "what networks output"),
+    "proxy": (ON, False, NO, "label the pairs by a reward that errs, to see it hacked"),
+    "seed": (SIZE, 0, "same seed, same --batch: same run"),
+    "steps": (COUNT, 3000, 2000, 2000, 1000, "optimizer steps (released launchers)"),
+    "batch": (COUNT, 32, 2048, 2048, 24, "pairs per step, all processes (paper 5.1)"),
     "micro-batch": (COUNT, 32, 4, 2, "pairs per forward and process (ours; or a divisor)"),
-    "lr": (FACTOR, 3e-3, None, None, "peak rate [toy: 3e-3, falling (ours); else 2000/beta *"
-           " 2.048e-5, sft: 2.048e-6 (paper's rule, code's scale)]"),
-    "warmup": (SIZE, None, None, None, "steps of rising rate [1/4 (paper); toy: 1/20]"),
-    "optimizer": ({"choices": ("adamw", "adafactor")}, *["adamw"] * 2, "adafactor", "(paper 5.1)"),
-    "precision": ({"choices": ("bf16", "fp32")}, "fp32", None, None, "bf16 on a GPU (ours)"),
-    "lora": (SIZE, NO, 0, 0, "rank of adapters on the attention; 0: train all weights (paper)"),
+    "lr": (FACTOR, 3e-3, None, None, 3e-4, "peak rate [3e-3, falling; images: 2000/beta * 2.048e-5,"
+           " sft: 2.048e-6 (paper's rule, code's scale); sd35: 3e-4, for adapters]"),
+    "warmup": (SIZE, None, "steps of rising rate [1/4 (paper); toy: 1/20]"),
+    "optimizer": ({"choices": ("adamw", "adafactor")}, *2 * ["adamw"], "adafactor", "adamw",
+                  "(paper 5.1)"),
+    "precision": ({"choices": ("bf16", "fp32")}, "fp32", None, "bf16 on a GPU (ours)"),
+    "lora": (SIZE, NO, 0, 0, 32, "rank of adapters on the attention; 0: train all weights (paper)"),
     "checkpointing": ({"choices": ("on", "off")}, NO, "off", "on", "save memory (launchers)"),
-    "compile": (ON, NO, False, False, "torch.compile the transformer blocks"),
-    "out": (TEXT, None, None, None, "folder; the same command goes on from there [runs/MODEL]"),
-    "save-every": (COUNT, 500, 100, 100, "steps between checkpoints; two are kept (ours)"),
-    "sample-every": (SIZE, 0, 250, 250, "steps between pictures of reference and policy (ours)"),
-    "eval-every": (SIZE, 300, 0, 0, "steps between evaluations; 0: none (ours)"),
-    "eval-split": (TEXT, NO, None, None, "held-out pairs for these, such as train[-500:]"),
-    "evaluate": (TEXT | {"nargs": "?", "const": ""}, None, None, None, "judge, by this policy"
-                 " [the newest of --out], the pairs of --eval-split or else --split; no training")}
-PRESETS = ("toy", "sd15", "sdxl")
+    "compile": (ON, NO, False, False, NO, "torch.compile the transformer blocks"),
+    "out": (TEXT, None, "folder; the same command goes on from there [runs/MODEL]"),
+    "save-every": (COUNT, 500, 100, "steps between checkpoints; two are kept (ours)"),
+    "sample-every": (SIZE, 0, 250, "steps between pictures of reference and policy (ours)"),
+    "eval-every": (SIZE, 300, 0, "steps between evaluations; 0: none (ours)"),
+    "eval-split": (TEXT, NO, None, "held-out pairs for these, such as train[-500:]"),
+    "evaluate": (TEXT | {"nargs": "?", "const": ""}, None, "only judge, by policy X or --out's")}
 FREE = "out save_every sample_every workers micro_batch evaluate eval_every eval_split".split()
 
 
@@ -1153,12 +1159,13 @@ def parse(argv=None, flags=FLAGS):
     """The command line as a namespace with every default settled. Raises Refusal."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s (--toy | --model MODEL) [flags]", description=__doc__.splitlines()[0],
-        epilog="[defaults: toy, sd15, sdxl]; (their source: section of arXiv:2311.12908, or ours)",
+        epilog="[defaults: toy, sd15, sdxl, sd35; the last one is for the rest, too] (their source:"
+        " section of arXiv:2311.12908, or ours; the toy's are ours, sd35's flow_grpo's)",
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=22, width=100))
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--toy", action="store_const", const="toy", dest="model", help="--model toy")
-    group.add_argument("--model", metavar="X", help="sd15, sdxl, hub id or folder of such a model")
+    group.add_argument("--model", metavar="X", help="sd15, sdxl, sd35, hub id or folder of such")
     for flag, (options, *defaults, meaning) in flags.items():
         shown = ", ".join("-" if default is NO else str(default) for default in defaults)
         meaning += f" [{shown}]" if not {"None", "False"} & set(shown.split(", ")) else ""
@@ -1166,12 +1173,12 @@ def parse(argv=None, flags=FLAGS):
 
     def refuse(message):  # in one line, without argparse's usage
         raise Refusal(message)
-
     parser.error = refuse
     given = vars(parser.parse_args(argv))
     cfg = argparse.Namespace(preset=find_preset(given["model"]), **given)
     for flag, (_, *defaults, _) in flags.items():
-        name, default = flag.replace("-", "_"), defaults[PRESETS.index(cfg.preset)]
+        default = defaults[min(PRESETS.index(cfg.preset), len(defaults) - 1)]
+        name = flag.replace("-", "_")
         if name in given and default is NO:
             raise Refusal(f"--{flag} means nothing to --model {cfg.model}")
         setattr(cfg, name, given.get(name, None if default is NO else default))
@@ -1187,23 +1194,23 @@ def parse(argv=None, flags=FLAGS):
         cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)
     if cfg.batch % (world * cfg.micro_batch) and cfg.evaluate is None:
         raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {world * cfg.micro_batch}")
-    if not toy and cfg.resolution % 8:
-        raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 8")
+    if not toy and cfg.resolution % 16:
+        raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 16")
     if not toy and cfg.eval_every and not cfg.eval_split:
         raise Refusal("--eval-every: it needs --eval-split, pairs that are not trained on")
     return cfg
 
 
 def find_preset(model):
-    """Which of PRESETS fits `model`: its UNet says what it is, not its name."""
+    """Which of PRESETS fits `model`: its pipeline says what it is, not its name."""
     if model in PRESETS:
         return model
-    from diffusers import UNet2DConditionModel
+    from diffusers import DiffusionPipeline
     try:
-        config = UNet2DConditionModel.load_config(model, subfolder="unet")
+        return BUILDS[DiffusionPipeline.load_config(model)["_class_name"]]
     except Exception as error:  # the hub's errors have no common base class
-        raise Refusal(f"--model {model}: not of diffusers' layout: {first_line(error)}") from error
-    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+        raise Refusal(f"--model {model}: it should be SD1.5, SDXL, SD3 or of their build, as"
+                      f" diffusers stores it: {first_line(error)}") from error
 
 
 def check_out(cfg):

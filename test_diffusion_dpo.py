@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -106,6 +107,17 @@ def test_loss_at_step_0():
     assert torch.equal(losses, torch.full_like(losses, math.log(2))) and not logit.any()
     assert torch.allclose(err_w.grad, torch.full_like(losses, 2500.0))
     assert torch.equal(err_l.grad, -err_w.grad)
+
+
+def test_anchor_by_hand():
+    """It adds anchor (1 - the mean of p_theta / p_ref over the halves), log-ratios 0.1 and -0.2;
+    nothing at step 0, where the ratios are 1; and the logit does not know it."""
+    four = [torch.tensor([value]) for value in (1.0, 1.2, 1.1, 1.0)]
+    losses, logit = dpo.dpo_loss(*four, 2.0, 0.0, 0.5)
+    expected = 0.437488 + 0.5 * (1 - (math.exp(0.1) + math.exp(-0.2)) / 2)
+    assert losses.item() == pytest.approx(expected, abs=1e-6) and logit.item() == pytest.approx(0.6)
+    assert torch.equal(dpo.dpo_loss(*four[2:], *four[2:], 2.0, 0.0, 0.5)[0],
+                       dpo.dpo_loss(*four[2:], *four[2:], 2.0)[0])
 
 
 def test_loss_is_finite_at_beta_5000():
@@ -318,17 +330,46 @@ def test_histogram_and_density_agree(ring):
     assert dpo.entropy(torch.full((30, 30), 1 / 900)) == pytest.approx(math.log(100))  # 10 x 10
 
 
-def test_sampler_is_diffusers(ring):
-    """toy_sample with the toy's schedule equals a DDPMScheduler fed with the same noise."""
+@pytest.mark.parametrize("kind, eta", [("DDPMScheduler", 1), ("DDIMScheduler", 0)])
+def test_sampler_is_diffusers(ring, kind, eta):
+    """toy_sample with the toy's schedule equals a DDPMScheduler fed with the same noise, and at eta
+    = 0 a DDIMScheduler."""
     abar = ring.alphas_cumprod
     alphas = abar / torch.cat([torch.ones(1), abar[:-1]])
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, trained_betas=(1 - alphas).numpy(),
-                                        clip_sample=False)
+    scheduler = getattr(diffusers, kind)(
+        num_train_timesteps=100, trained_betas=(1 - alphas).numpy(), clip_sample=False)
+    scheduler.set_timesteps(100)
     gen = dpo.generator("test")
     x = torch.randn(500, 2, generator=gen)
     for t in reversed(range(100)):
         x = scheduler.step(ring(x, torch.full((500,), t)), t, x, generator=gen).prev_sample
-    assert torch.allclose(dpo.toy_sample(ring, abar, 500, dpo.generator("test")), x, atol=1e-3)
+    drawn = dpo.toy_sample(ring, abar, 500, dpo.generator("test"), eta)
+    assert torch.allclose(drawn, x, atol=1e-3)
+
+
+def test_what_anchor_measures(ring):
+    """The mean of exp(r - e) over samples of p_ref is 1 if the policy is the denoiser of a density,
+    here of the ring with other shares of its modes; and less if all its predictions are shifted by
+    a constant, although that leaves the difference between two halves' errors alone."""
+    shares = torch.linspace(-1, 1, 8).softmax(0)
+
+    class Other(dpo.Ring):
+        def __call__(self, x_t, t):
+            abar_t = self.alphas_cumprod[t][:, None]
+            variance = abar_t * self.std**2 + 1 - abar_t
+            away = x_t[:, None] - abar_t[..., None].sqrt() * self.means
+            near = (shares.log() - away.square().sum(-1) / (2 * variance)).softmax(1)
+            return (1 - abar_t).sqrt() * (near[..., None] * away).sum(1) / variance
+
+    x, other = ring.sample(1000, dpo.generator("anchor")), Other(ring.alphas_cumprod)
+    t, eps = draw("anchor", [(0, row) for row in range(1000)], 400, 100, (2,))
+    for shift, low, high in (0.0, 0.93, 1.07), (0.3, 0.4, 0.7):
+        problem = SimpleNamespace(
+            policy=lambda x_t, t, shift=shift: other(x_t, t) + shift, reference=ring,
+            alphas_cumprod=ring.alphas_cumprod, weight=dpo.elbo_weight(ring.alphas_cumprod),
+            prediction="epsilon")
+        err, _, ref_err, _ = dpo.pair_errors(problem, x, x, t, eps, {})
+        assert low < (ref_err - err).exp().mean().item() < high
 
 
 # ------------------------------------------------------------------------------ preference data
@@ -367,7 +408,7 @@ def test_ties_are_dropped_without_decoding(tmp_path, capsys):
     captions are counted. --split can cut, also a single file, whose only split is train."""
     rows = [pick(caption=None), *(pick(label, b"not an image") for label in (0.5, None, 0.5))]
     pairs = image_pairs(path := parquet(tmp_path / "pairs.parquet", rows))
-    assert len(pairs) == 1 and "1 of them without caption; 3 ties" in capsys.readouterr().out
+    assert len(pairs) == 1 and "1 pairs; 3 ties" in capsys.readouterr().out
     assert colours(pairs[0, 0]) == ["red", "blue"]
     assert [dpo.load_pairs(path, f"train[{cut}]")[2] for cut in (":2", "-1:")] == [[1, 0.5], [0.5]]
 
@@ -483,11 +524,14 @@ def test_unreadable_pairs_are_skipped_the_same_way_every_time(tmp_path):
 
 # ------------------------------------------------------------------------------ Stable Diffusion
 
+KINDS = ("sd15", "sdxl", "sd35")
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with tiny-sd15, tiny-sdxl, tiny-clip and pairs.parquet."""
+    """A folder with tiny-sd15, tiny-sdxl, tiny-sd35, tiny-clip and pairs.parquet."""
     folder = tmp_path_factory.mktemp("tiny")
-    for kind in ("sd15", "sdxl"):
+    for kind in KINDS:
         make_tiny.make_model(folder / f"tiny-{kind}", kind)
     make_tiny.make_scorer(folder / "tiny-clip")
     make_tiny.make_pairs(folder / "pairs.parquet")
@@ -516,50 +560,67 @@ def sd_config(tiny, kind, *argv):
                       "--workers", "0", *argv])
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_prompt_embeddings_by_hand(tiny, kind):
+@pytest.mark.parametrize("kind", [*KINDS, "sd35 without T5"])
+def test_prompt_embeddings_by_hand(tiny, tmp_path, kind):
     """encode_prompts equals tokenizers and text encoders called by hand, prompts too long included;
-    no prompt is "" for SD1.5 and zeros for SDXL."""
-    problem = sd_problem(sd_config(tiny, kind))
+    no prompt is "" for SD1.5 and SD3 and zeros for SDXL; without T5 its part is zeros."""
+    folder, kind, *without = tiny, *kind.split(maxsplit=1)
+    if without:
+        folder = tmp_path
+        make_tiny.make_model(folder / "tiny-sd35", "sd35", t5=None)
+    cfg = sd_config(folder, kind, "--data", str(tiny / "pairs.parquet"))
+    problem = sd_problem(cfg)
     prompts, pipe = ["a red circle", "word " * 200, ""], problem.pipe
     cond = problem.encode_prompts(prompts)
-    def by_hand(tokenizer, encoder):
-        ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True,
+    def by_hand(tokenizer, encoder, length=77):
+        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                         return_tensors="pt").input_ids
         return encoder(ids, output_hidden_states=True)
 
+    first = by_hand(pipe.tokenizer, pipe.text_encoder)
     if kind == "sd15":
-        assert torch.equal(cond["prompt"], by_hand(pipe.tokenizer, pipe.text_encoder)[0])
+        assert torch.equal(cond["prompt"], first[0])
+        return
+    second = by_hand(pipe.tokenizer_2, pipe.text_encoder_2)
+    both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2)
+    if kind == "sd35":
+        t5 = torch.zeros(3, 256, 64)
+        if not without:
+            t5 = by_hand(pipe.tokenizer_3, pipe.text_encoder_3, 256)[0]
+            assert t5.std() > 0
+        both = torch.nn.functional.pad(both, (0, 64 - both.shape[2]))
+        assert torch.equal(cond["prompt"], torch.cat([both, t5], 1))
+        assert torch.equal(cond["pooled_projections"], torch.cat([first[0], second[0]], 1))
     else:
-        first = by_hand(pipe.tokenizer, pipe.text_encoder)
-        second = by_hand(pipe.tokenizer_2, pipe.text_encoder_2)
-        both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2)
         for got, expected in (cond["prompt"], both), (cond["text_embeds"], second[0]):
             assert torch.equal(got[:2], expected[:2]) and not got[2].any()
         assert cond["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 3
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stable_diffusion_starts_at_log_2(tiny, kind, precision):
     """Before the first step policy = reference, to the last bit, also when one has fp32 weights
     under autocast and the other bf16 weights; beta is on half the mean squared error; and both
     halves of a pair have the same condition, though their images differ in size, in training and
     when they are judged."""
-    problem = sd_problem(sd_config(tiny, kind, "--precision", precision, "--checkpointing", "on"))
+    problem = sd_problem(sd_config(tiny, kind, "--precision", precision, "--checkpointing", "on",
+                                   "--lora", "0"))
     sizes = [{Image.open(io.BytesIO(row[side]["bytes"])).size for side in ("jpg_0", "jpg_1")}
              for row in problem.pairs.table]
     row = list(map(len, sizes)).index(2)
     batch = batch_of_pairs(problem, (0, row), (dpo.HELD_OUT, row))
     x_w, x_l, cond = problem.encode(batch)
-    assert x_w.shape == (2, 4, 8, 8) and problem.weight[0].item() == 1 / (2 * 4 * 8 * 8)
-    assert set(cond) == ({"prompt", "text_embeds", "time_ids"} if kind == "sdxl" else {"prompt"})
+    shape = (16 if kind == "sd35" else 4), 8, 8
+    assert x_w.shape == (2, *shape) and problem.weight[0].item() == 1 / (2 * math.prod(shape))
+    assert set(cond) == {"prompt", *{"sd15": (), "sdxl": ("text_embeds", "time_ids"),
+                                     "sd35": ("pooled_projections",)}[kind]}
     assert all(torch.equal(*value.chunk(2)) for value in cond.values())
     err_w, err_l, ref_w, ref_l = errors_on(problem, batch)
     assert torch.equal(err_w, ref_w) and torch.equal(err_l, ref_l)
     assert all(p.dtype == torch.float32 for p in problem.policy.parameters())
     assert not any(p.requires_grad for p in problem.reference.parameters())
-    assert problem.policy.unet.is_gradient_checkpointing
+    assert problem.policy.network.is_gradient_checkpointing
 
 
 def test_stable_diffusion_errors_by_hand(tiny):
@@ -581,17 +642,50 @@ def test_stable_diffusion_errors_by_hand(tiny):
         assert result.item() == pytest.approx(0.5 * (hat - eps).square().mean().item(), rel=1e-4)
 
 
+def test_sd35_errors_by_hand(tiny):
+    """The error of SD3.5 is half the mean squared error of the plain diffusers transformer's
+    velocity, at a noise level of the logit-normal distribution, shifted by 3, that SD3 has; and as
+    t is uniform, levels are drawn as diffusers' trainers draw them."""
+    problem = sd_problem(sd_config(tiny, "sd35", "--caption-dropout", "0"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / "tiny-sd35")
+    batch = batch_of_pairs(problem, (0, 5))
+    x_w, x_l, _ = problem.encode(batch)
+    results, t, eps = errors_on(problem, batch), batch["t"][0].item(), batch["eps"][0]
+    u = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf((t + 0.5) / 1000)))
+    sigma = 3 * u / (1 + 2 * u)
+    for half, result in zip((0, 1), results[2:], strict=True):
+        pixels = batch["images"][:, half] / 127.5 - 1
+        latent = (pipe.vae.encode(pixels).latent_dist.mean - 0.0609) * 1.5305
+        assert torch.allclose(latent, (x_w, x_l)[half], atol=1e-5)
+        prompt, _, pooled, _ = pipe.encode_prompt(batch["prompt"], None, None,
+                                                  do_classifier_free_guidance=False)
+        u_hat = pipe.transformer((1 - sigma) * latent + sigma * eps, prompt, pooled,
+                                 torch.tensor([1000 * sigma])).sample
+        wanted = 0.5 * (u_hat - (eps - latent)).square().mean()
+        assert result.item() == pytest.approx(wanted.item(), rel=1e-4)
+    ours = dpo.signal_and_noise(problem.alphas_cumprod, "flow")[1]
+    torch.testing.assert_close(problem.policy.times, 1000 * ours)
+    drawn = diffusers.training_utils.compute_density_for_timestep_sampling(
+        "logit_normal", 100_000, 0.0, 1.0, generator=dpo.generator("sigma"))
+    theirs = pipe.scheduler.sigmas[(1000 * drawn).long()]
+    parts = torch.linspace(0.01, 0.99, 50)
+    assert torch.allclose(ours.quantile(parts), theirs.quantile(parts), atol=0.01)
+
+
 def test_v_prediction_and_folder_not_name(tiny, tmp_path):
     """Architecture and prediction type come from the folder, whatever it is called; a model whose
-    noise is not DDPM's (EDM, flow) is refused, and weights that would be unpickled."""
+    noise is another (EDM, a flow whose shift depends on the resolution) is refused, and weights
+    that would be unpickled."""
     make_tiny.make_model(tmp_path / "tiny-sd15", "sdxl", prediction_type="v_prediction")
     cfg = sd_config(tmp_path, "sd15", "--data", str(tiny / "pairs.parquet"))
     assert (cfg.preset, cfg.beta, cfg.optimizer) == ("sdxl", 5000.0, "adafactor")
     assert sd_problem(cfg).prediction == "v_prediction"
     pipe = dpo.load_pipeline(cfg.model)
-    pipe.scheduler = diffusers.EDMEulerScheduler()
-    with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
-        dpo.StableDiffusion(cfg, "cpu", pipe)
+    for scheduler in (diffusers.EDMEulerScheduler(),
+                      diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
+        pipe.scheduler = scheduler
+        with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
+            dpo.StableDiffusion(cfg, "cpu", pipe)
     unet = tmp_path / "tiny-sd15" / "unet" / dpo.WEIGHTS
     torch.save(load_file(unet), unet.with_suffix(".bin"))
     unet.unlink()
@@ -631,25 +725,28 @@ def test_sft_is_the_denoising_loss_of_diffusers(tiny):
     loss.backward()
     assert sums[0].item() / 2 == pytest.approx(loss.item(), rel=1e-5) and sums[1] == 1
     gradients = [{name: p.grad for name, p in unet.named_parameters()}
-                 for unet in (problem.policy.unet, pipe.unet)]
+                 for unet in (problem.policy.network, pipe.unet)]
     assert same(*gradients, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind, precision", [("sd15", "fp32"), ("sdxl", "fp32"), ("sdxl", "bf16")])
+@pytest.mark.parametrize("kind, precision", [
+    ("sd15", "fp32"), ("sdxl", "fp32"), ("sd35", "fp32"), ("sdxl", "bf16")])
 def test_lora(tiny, tmp_path, kind, precision):
-    """--lora: adapters on every q, k, v and output; policy = reference to the last bit before
-    training, the reference stays what it was while only the adapters move, in fp32; a run that was
-    stopped ends with the same adapters; pipe.load_lora_weights gives the policy's noise; and the
-    file for ComfyUI has kohya's names, alpha = rank, and merges into the same weights."""
+    """--lora: adapters on every q, k, v and output, of SD3 those for the text, too; policy =
+    reference to the last bit before training, the reference stays what it was while only the
+    adapters move, in fp32; a run that was stopped ends with the same adapters; what
+    pipe.load_lora_weights loads predicts as the policy does; and the file for ComfyUI has kohya's
+    names, alpha = rank, and merges into the same weights (SD3's is the one for diffusers)."""
     argv = ["--lora", "4", "--precision", precision, "--lr", "0.03", "--checkpointing", "on",
             "--save-every", "2", "--sample-every", "0"]
     cfg = sd_config(tiny, kind, *argv, "--out", str(tmp_path / "one"))
     problem = sd_problem(cfg)
-    attentions = {name for name, module in problem.policy.unet.named_modules()
-                  if type(module).__name__ == "Attention"}
+    part = "transformer" if kind == "sd35" else "unet"
+    names = {name for name, module in problem.policy.network.named_modules()
+             if re.search(r"\.attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$", name)}
     assert set(problem.policy.adapters) == {
-        f"unet.{name}.{layer}.lora_{matrix}.weight" for name in attentions for matrix in "AB"
-        for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+        f"{part}.{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
+    assert len(names) == {"sd15": 32, "sdxl": 64, "sd35": 3 * 8 - 1 + 2 * 4}[kind]
     batch = batch_of_pairs(problem, (0, 0), (0, 1))
     before = errors_on(problem, batch)
     assert torch.equal(before[0], before[2]) and torch.equal(before[1], before[3])
@@ -667,42 +764,43 @@ def test_lora(tiny, tmp_path, kind, precision):
     cfg.out = str(tmp_path / "two")
     assert len(dpo.train(sd_problem(cfg), cfg)) == 4  # two of them read, two of them run
     one, two = (load_file(tmp_path / run / "lora" / dpo.LORA_WEIGHTS) for run in ("one", "two"))
-    assert same(one, two) and all(name.startswith("unet.") for name in one)
+    assert same(one, two)
     if precision == "fp32":
-        x, merged = (torch.randn(1, 4, 8, 8), torch.tensor([5])), []
+        x, merged = (torch.randn(1, *problem.shape), torch.tensor([5])), []
         cond = problem.encode_prompts(["a cat"])
-        for file in None, "kohya.safetensors":
+        for file in (None, "kohya.safetensors")[:1 if kind == "sd35" else 2]:
             pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}")
             pipe.load_lora_weights(tmp_path / "one" / "lora", weight_name=file)
-            drawn = dpo.UNetPolicy(pipe.unet)(*x, **cond)
+            network = getattr(pipe, part)
+            drawn = dpo.NetworkPolicy(network, problem.policy.times)(*x, **cond)
             assert torch.allclose(drawn, problem.policy(*x, **cond), atol=1e-6)
             assert not torch.allclose(drawn, problem.reference(*x, **cond), atol=1e-3)
             pipe.fuse_lora()
-            merged.append(pipe.unet.state_dict())
-        assert same(*merged)
-        kohya = load_file(tmp_path / "one" / "lora" / "kohya.safetensors")
+            merged.append(network.state_dict())
+        file = tmp_path / "one" / "lora" / "kohya.safetensors"
+        assert same(merged[0], merged[-1]) and file.exists() == (kind != "sd35")
+        kohya = load_file(file) if file.exists() else {}
         assert {name: value for name, value in kohya.items() if value.dim() == 0} == {
-            f"lora_unet_{name.replace('.', '_')}_{layer}.alpha": 4 for name in attentions
-            for layer in ("to_q", "to_k", "to_v", "to_out_0")} and len(kohya) == len(one) * 3 / 2
+            f"lora_unet_{name.replace('.', '_')}.alpha": 4 for name in names if kohya}
+        assert len(kohya) in (0, len(one) * 3 / 2)
 
 
 def test_adapters_start_by_the_seed(tiny):
-    """The same seed, the same adapters, on every process and after a restart; those by the names of
-    older files are loaded, those of another rank, alpha or UNet are not."""
+    """The same seed, the same adapters, on every process and after a restart; those of another
+    rank, alpha or network are not loaded."""
     one, two, three = (sd_problem(sd_config(tiny, "sd15", "--lora", "2", "--seed", seed)).policy
                        for seed in "557")
     assert same(one.adapters, two.adapters) and not same(one.adapters, three.adapters)
     one.save(tiny / "adapters" / "rank-2")
-    older = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value + 1
-             for name, value in load_file(tiny / "adapters" / "rank-2" / dpo.LORA_WEIGHTS).items()}
-    save_file(older, tiny / "adapters" / dpo.LORA_WEIGHTS)
+    other = {name: p + 1 for name, p in one.adapters.items()}
+    save_file(other, tiny / "adapters" / dpo.LORA_WEIGHTS)
     dpo.load_policy(two, tiny / "adapters")
-    assert all(torch.equal(two.adapters[name], p + 1) for name, p in one.adapters.items())
+    assert same(two.adapters, other)
     for kind, rank in ("sd15", "1"), ("sdxl", "2"):
-        other = sd_problem(sd_config(tiny, kind, "--lora", rank)).policy
+        policy = sd_problem(sd_config(tiny, kind, "--lora", rank)).policy
         with pytest.raises(dpo.Refusal, match="not adapters of this rank"):
-            dpo.load_policy(other, tiny / "adapters" / "rank-2")
-    save_file(older, tiny / "adapters" / dpo.LORA_WEIGHTS, {  # as diffusers writes it
+            dpo.load_policy(policy, tiny / "adapters" / "rank-2")
+    save_file(other, tiny / "adapters" / dpo.LORA_WEIGHTS, {  # as diffusers writes it
         "lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 8}'})
     with pytest.raises(dpo.Refusal, match="alpha"):
         dpo.load_policy(one, tiny / "adapters")
@@ -1021,6 +1119,7 @@ def test_toy_closes_most_of_the_gap(tmp_path, capsys, monkeypatch):
     dpo.main([*argv, str(tmp_path / "a")])
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["tv_policy"] < 0.6 * results["tv_reference"] and results["tv_floor"] < 0.08
+    assert results["tv_policy"] < results["tv_policy_ode"] < 1  # the drift, toy/README.md
     assert abs(results["reward_policy"] - results["reward_optimum"]) < 0.5
     assert "0.6931 (for dpo, gamma 0: log 2)" in capsys.readouterr().out
     cfg = dpo.parse([*argv, str(tmp_path / "b")])
@@ -1126,11 +1225,10 @@ def test_evaluation_by_hand(trained, monkeypatch):
     with torch.no_grad():
         e_w, e_l, r_w, r_l = dpo.pair_errors(problem, pairs.x_w, pairs.x_l, t, eps, {})
     logit = 0.7 * (e_l - e_w) - 0.5 * (r_l - r_w)
-    share, true = (logit > 0).float().mean(), dpo.toy_reward(pairs.x_w) > dpo.toy_reward(pairs.x_l)
+    share = (logit > 0).float().mean()
     expected = {"accuracy": share, "standard_error": (share * (1 - share) / 400) ** 0.5,
                 "margin": logit.mean(), "rise_w": (e_w - r_w).mean(), "rise_l": (e_l - r_l).mean(),
-                "pairs": 400, "unreadable": 0, "accuracy_of_true_reward": true.float().mean(),
-                "kendall_tau": 2 * ((logit > 0) == true).float().mean() - 1}
+                "pairs": 400, "unreadable": 0}
     assert results == pytest.approx({name: float(expected[name]) for name in expected}, rel=1e-3)
 
 
@@ -1141,7 +1239,7 @@ def test_all_policies_meet_the_same_noise(trained):
     assert judge(trained, seed=7) == one
     assert judge(trained, micro_batch=300) == pytest.approx(one, rel=1e-4)
     reference = judge()
-    assert [reference[name] for name in ("accuracy", "margin", "kendall_tau")] == [0.5, 0, 0]
+    assert (reference["accuracy"], reference["margin"]) == (0.5, 0)
     assert reference["standard_error"] == pytest.approx(0.5 / 5000**0.5)
 
 
@@ -1213,7 +1311,6 @@ def test_evaluate_images(tiny, tmp_path, capsys):
     start, again = (evaluation(f"{tiny}/tiny-sd15", "--out", f"{tmp_path}/new", out="new")
                     for _ in range(2))
     assert start == again and start["accuracy"] == 0.5 and start["rise_w"] == 0
-    assert "accuracy_of_true_reward" not in start  # nobody knows it
     for flags, words in ((["--model", f"{tiny}/tiny-sdxl"], "model is"),
                          (["--beta", "301"], "beta is 300.0 there, 301.0 here"),
                          ([f"{tiny}/tiny-sdxl"], f"{tiny}/tiny-sdxl/unet: ")):
@@ -1231,7 +1328,7 @@ def cached(tiny, tmp_path, *argv, kind="sdxl"):
     return sd_problem(sd_config(tiny, kind, "--cache", str(tmp_path / "cache"), *argv))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_is_encoded_bit_for_bit(tiny, tmp_path, kind):
     """With --cache a pair has the latents that encoding it on the fly gives, to the last bit, and
     the same prompt; every epoch sees the middle of the picture, not flipped. Held-out pairs are
@@ -1315,8 +1412,8 @@ def test_cache_of_changed_and_unreadable_pictures(tiny, tmp_path):
 # ------------------------------------------------------------------------------ the command line
 
 def test_defaults_are_the_papers():
-    """SD1.5 and SDXL as the paper trains them; the rate follows beta, the warm-up --steps; and
-    the toy's own settings."""
+    """SD1.5 and SDXL as the paper trains them; the rate follows beta, the warm-up --steps; SD3.5 as
+    flow_grpo does; and the toy's own settings."""
     paper = dict(method="dpo", gamma=0, draws=1, batch=2048, warmup=500, steps=2000, decay=0,
                  caption_dropout=0.2, lora=0, seed=0, evaluate=None)
     sd15, sdxl = dict(beta=2000, lr=2.048e-5, optimizer="adamw", resolution=512, out="runs/sd15"), {
@@ -1326,6 +1423,8 @@ def test_defaults_are_the_papers():
             ("--model sd15 --beta 4000 --steps 100 --batch 6", dict(
                 beta=4000, lr=1.024e-5, warmup=25, steps=100, batch=6, micro_batch=2)),
             ("--model sdxl --method sft", dict(method="sft", lr=2.048e-6)),
+            ("--model sd35", dict(beta=100, lr=3e-4, batch=24, lora=32, optimizer="adamw", draws=1,
+                                  resolution=1024, checkpointing="on", micro_batch=2, steps=1000)),
             ("--toy", dict(beta=0.5, gamma=0, draws=64, batch=32, lr=3e-3, warmup=150, steps=3000,
                            decay=3000, proxy=False, out="runs/toy", precision="fp32"))):
         cfg = vars(dpo.parse(argv.split()))
@@ -1362,7 +1461,10 @@ def wrong_inputs():
         ("sound.parquet --cache {tmp}/file.txt", "file.txt")]
     sd = "--model {tiny}/tiny-sd15 --resolution 64 --data {tmp}/"
     return [("", "required"), ("--model nowhere/nothing", "--model nowhere/nothing"),
-            ("--model {tmp}", "--model"), *((f"--toy {line}", words) for line, words in toy),
+            ("--model {tmp}", "--model"), ("--model {tmp}/flux", "SD3 or of their build"),
+            ("--model sd35 --compile", "--compile means nothing"),
+            ("--model sd15 --anchor 1", "--anchor means nothing"),
+            *((f"--toy {line}", words) for line, words in toy),
             *((sd + line, words) for line, words in images)]
 
 
@@ -1370,8 +1472,9 @@ def wrong_inputs():
 def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "file.txt").write_text("hello")
-    for name in "empty", "strange", "other", "torn":
+    for name in "empty", "strange", "other", "torn", "flux":
         (folder / name).mkdir()
+    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     (folder / "strange" / "config.json").write_text('{"config": 7}')
     (folder / "other" / "config.json").write_text('{"config": {"model": "other"}}')
     (folder / "torn" / dpo.WEIGHTS).write_bytes(b"torn")

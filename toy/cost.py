@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 toy/cost.py time --model sdxl    # and on several GPUs
     python toy/cost.py time                      # a table of small models; six minutes on two cores
 
-The flags are diffusion_dpo.py's and --timed-steps; sd15 and sdxl get random weights. The tables are
-printed as Markdown and written to toy/cost_memory.json and toy/cost_time.json.
+The flags are diffusion_dpo.py's and --timed-steps; sd15, sdxl, sd35 get random weights. The tables
+are printed as Markdown and written to toy/cost_memory.json and toy/cost_time.json.
 
 `memory` builds the models on fake tensors: shapes and types without contents. It counts weights,
 gradients, the states that the optimizer makes, and as activations what autograd keeps between
@@ -58,10 +58,10 @@ import make_tiny
 import diffusion_dpo as dpo
 
 FLAGS = dpo.FLAGS | {
-    "data": (dpo.TEXT, dpo.NO, None, None, "hub id, parquet file, or folder [64 made-up pairs]"),
-    "evaluate": (dpo.TEXT, *[dpo.NO] * 3, "not here: training is what costs"),
-    "out": (dpo.TEXT, dpo.NO, *["runs/cost"] * 2, "folder for time.json"),
-    "timed-steps": (dpo.COUNT, dpo.NO, 10, 10, "steps to time, after 2 that do not count")}
+    "data": (dpo.TEXT, dpo.NO, None, "hub id, parquet file, or folder [64 made-up pairs]"),
+    "evaluate": (dpo.TEXT, dpo.NO, "not here: training is what costs"),
+    "out": (dpo.TEXT, dpo.NO, "runs/cost", "folder for time.json"),
+    "timed-steps": (dpo.COUNT, dpo.NO, 10, "steps to time, after 2 that do not count")}
 WARM_UP = 2
 PARTS = ("data wait", "encode", "reference", "policy forward", "backward", "optimizer", "rest")
 
@@ -69,7 +69,8 @@ MEMORY_ROWS = (
     "--model sd15 --micro-batch 4", "--model sd15 --micro-batch 1 --checkpointing on",
     "--model sd15 --micro-batch 1 --checkpointing on --lora 16", "--model sdxl --micro-batch 2",
     "--model sdxl --micro-batch 1", "--model sdxl --micro-batch 1 --optimizer adamw",
-    "--model sdxl --micro-batch 1 --optimizer adamw --lora 16")
+    "--model sdxl --micro-batch 1 --optimizer adamw --lora 16", "--model sd35 --micro-batch 2",
+    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0")
 SMALL = make_tiny.TINY["sd15"]
 MEDIUM = SMALL | {  # of 6.8M parameters
     "unet": SMALL["unet"] | {"block_out_channels": (80, 160), "layers_per_block": 2},
@@ -83,7 +84,7 @@ def parse(argv):
     """dpo.parse with our flags. Raises Refusal."""
     cfg = dpo.parse(argv, FLAGS)
     if cfg.preset == "toy":
-        raise dpo.Refusal("--toy: costs a minute; it should be --model sd15, sdxl, or a folder")
+        raise dpo.Refusal("--toy: costs a minute; it should be --model sd15 or another")
     return cfg
 
 
@@ -121,6 +122,9 @@ def account(cfg):
             for name, p in [*module.named_parameters(recurse=False)]:
                 fake = torch.empty(p.shape, dtype=p.dtype)
                 setattr(module, name, nn.Parameter(fake, p.requires_grad))
+            for name, buffer in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        policy.times = torch.empty(len(problem.weight))
         cond = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in cond.items()}
         found["activations"] = kept_by_autograd(policy, problem.shape, cond, cfg)
         if cfg.checkpointing == "on" and cfg.precision == "bf16":  # else autograd has kept them
@@ -238,12 +242,14 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / timer.blocked_autorange().median
 
 
-def count_flops(unet, x_t, t, cond):
+def count_flops(policy, x_t, t, cond):
     """FLOPs of a forward pass, counted without making it."""
+    times = None if policy.times is None else policy.times.to("meta")
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = dpo.UNetPolicy(diffusers.UNet2DConditionModel.from_config(unet.config))
+        kind = type(policy.network)
+        bare = dpo.NetworkPolicy(kind.from_config(policy.network.config), times)
         cond = {name: value.float().to("meta") for name, value in cond.items()}
-        network(x_t.to("meta"), t.to("meta"), **cond)
+        bare(x_t.to("meta"), t.to("meta"), **cond)
     return counter.get_total_flops()
 
 
@@ -320,7 +326,7 @@ def time_steps(cfg, device):
         raise dpo.Refusal(f"--data {cfg.data}: {unreadable} pairs, over 1 %, are unreadable")
 
     # Forward 1, backward 2 (1 to the adapters), reference 1; what checkpointing repeats is no use.
-    flops = (3 if cfg.lora else 4) * count_flops(problem.policy.unet, x_t, t, cond) * accumulation
+    flops = (3 if cfg.lora else 4) * count_flops(policy, x_t, t, cond) * accumulation
     rate = matmul_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
     return summary(cfg, few, *clock.read(), flops, rate)
 

@@ -74,25 +74,28 @@ def network_of(problem, side):
     """Within it, the pipeline draws with the network of "reference" or "policy". Only that runs
     under autocast: rounded between the steps or in the VAE, images of two policies would differ by
     the rounding."""
-    pipe, policy, before = problem.pipe, problem.policy, problem.pipe.unet
+    pipe, policy, part = problem.pipe, problem.policy, problem.policy.part
+    before, network = getattr(pipe, part), policy.network
     adapters_off = side == "reference" and problem.cfg.lora
-    pipe.unet = problem.reference.unet if side == "reference" and not adapters_off else policy.unet
-    forward = pipe.unet.forward
+    if side == "reference" and not adapters_off:
+        network = problem.reference.network
+    forward = network.forward
 
     def in_fp32(*inputs, **more):
         with module_of(problem).autocast(problem):
             return [out.float() for out in forward(*inputs, **more)]
 
-    pipe.unet.forward = in_fp32
+    setattr(pipe, part, network)
+    network.forward = in_fp32
     if adapters_off:
-        policy.unet.disable_adapters()
+        network.disable_adapters()
     try:
         yield
     finally:
-        del pipe.unet.forward
-        pipe.unet = before
+        del network.forward
+        setattr(pipe, part, before)
         if adapters_off:
-            policy.unet.enable_adapters()
+            network.enable_adapters()
 
 
 # --------------------------------------------------------------------------------------- the toy

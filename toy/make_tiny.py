@@ -1,11 +1,11 @@
 """Write Stable Diffusion folders and a preference set of toy size, in the real formats.
 
-The folders hold what the published SD1.5 and SDXL folders hold, file by file: the same classes,
+The folders hold what the published SD1.5, SDXL and SD3.5 folders hold: the same classes, files,
 schedules and conventions, with random weights and few of them. The pairs have the columns of
 Pick-a-Pic v2. A script that trains on these trains on the real ones with only its paths changed,
 so every code path can be tried on a laptop. Nothing is downloaded.
 
-    python toy/make_tiny.py [folder]    # tiny-{sd15,sdxl,clip}/, pairs.parquet; default: toy/
+    python toy/make_tiny.py [folder]    # tiny-{sd15,sdxl,sd35,clip}/, pairs.parquet; else in toy/
 """
 
 import argparse
@@ -37,15 +37,24 @@ SDXL_UNET = {  # SD1.5's has the blocks that diffusers has by default
     "attention_head_dim": (5, 10, 20), "cross_attention_dim": 768 + 1280, "sample_size": 128,
     "use_linear_projection": True, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 1280}
+SD3_VAE = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+           "use_quant_conv": False, "use_post_quant_conv": False}
+SD35_TRANSFORMER = {
+    "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
 PUBLISHED = {
     "sd15": {"unet": {"sample_size": 64, "cross_attention_dim": 768},
              "vae": FULL_VAE | {"sample_size": 512, "scaling_factor": 0.18215},
              "encoders": [CLIP_L]},
     "sdxl": {"unet": SDXL_UNET,
              "vae": FULL_VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
-             "encoders": [CLIP_L, CLIP_G]}}
+             "encoders": [CLIP_L, CLIP_G]},
+    "sd35": {"transformer": SD35_TRANSFORMER, "vae": FULL_VAE | SD3_VAE | {"sample_size": 1024},
+             "encoders": [CLIP_L, CLIP_G], "t5": T5_XXL}}
 
-# And of toy size. SDXL's encoders have widths of 24 and 32: swapping them cannot go unseen.
+# And of toy size. Two encoders have widths of 24 and 32: swapping them cannot go unseen.
 TINY_VAE = VAE | {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8, "sample_size": 64}
 TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
              "norm_num_groups": 8}
@@ -68,6 +77,14 @@ TINY = {
              "encoders": [TINY_CLIP | {"hidden_size": 24, "intermediate_size": 96,
                                        "projection_dim": 24},
                           TINY_CLIP | {"hidden_act": "gelu"}]}}
+TINY["sd35"] = {
+    "transformer": {"sample_size": 8, "num_layers": 3, "attention_head_dim": 8,
+                    "num_attention_heads": 2, "joint_attention_dim": 64, "qk_norm": "rms_norm",
+                    "caption_projection_dim": 16, "pooled_projection_dim": 24 + 32,
+                    "pos_embed_max_size": 12, "dual_attention_layers": (0, 1)},
+    "vae": TINY_VAE | SD3_VAE, "encoders": TINY["sdxl"]["encoders"],
+    "t5": {"d_model": 64, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+           "vocab_size": 128, "feed_forward_proj": "gated-gelu"}}
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200),
            "yellow": (245, 215, 60)}
@@ -87,20 +104,37 @@ def make_tokenizers(n):
     return tokenizers, ids["<|startoftext|>"], ids["<|endoftext|>"]
 
 
-def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
-    """A pipeline with random weights in fp32, from the configurations of its parts: of SD1.5's
-    build if there is one text encoder, of SDXL's if there are two."""
+def make_t5_tokenizer():
+    """The tokenizer of SD3's third text encoder, which knows characters, too."""
+    tokens = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *map(chr, range(33, 127))]
+    return transformers.T5Tokenizer([(token, 0.0) for token in tokens], extra_ids=0,
+                                    model_max_length=512)
+
+
+def assemble(vae, encoders, unet=None, transformer=None, t5=None, device="cpu",
+             prediction_type="epsilon"):
+    """A pipeline with random weights in fp32, from the configurations of its parts: of SD3's build
+    with a transformer (and T5, if there is one), else of SD1.5's with one CLIP and SDXL's with two.
+    """
     tokenizers, bos, eos = make_tokenizers(len(encoders))
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    with_projection = transformers.CLIPTextModelWithProjection
     with torch.device(device):
-        parts = {"tokenizer": tokenizers[0], "text_encoder": transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**encoders[0] | ids)).eval()}
+        first = with_projection if transformer else transformers.CLIPTextModel
+        parts = {"tokenizer": tokenizers[0],
+                 "text_encoder": first(transformers.CLIPTextConfig(**encoders[0] | ids)).eval(),
+                 "vae": diffusers.AutoencoderKL(**vae).eval()}
         if len(encoders) == 2:
-            parts |= {"tokenizer_2": tokenizers[1],
-                      "text_encoder_2": transformers.CLIPTextModelWithProjection(
-                          transformers.CLIPTextConfig(**encoders[1] | ids)).eval()}
-        parts |= {"unet": diffusers.UNet2DConditionModel(**unet),
-                  "vae": diffusers.AutoencoderKL(**vae).eval()}
+            parts |= {"tokenizer_2": tokenizers[1], "text_encoder_2": with_projection(
+                transformers.CLIPTextConfig(**encoders[1] | ids)).eval()}
+        if transformer:
+            return diffusers.StableDiffusion3Pipeline(
+                **parts, transformer=diffusers.SD3Transformer2DModel(**transformer),
+                tokenizer_3=make_t5_tokenizer() if t5 else None,
+                text_encoder_3=t5 and transformers.T5EncoderModel(
+                    transformers.T5Config(**t5)).eval(),
+                scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        parts["unet"] = diffusers.UNet2DConditionModel(**unet)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
                 "steps_offset": 1, "prediction_type": prediction_type}
     if len(encoders) == 1:
@@ -113,13 +147,14 @@ def assemble(unet, vae, encoders, device="cpu", prediction_type="epsilon"):
         add_watermarker=False)
 
 
-def make_model(folder, kind, prediction_type="epsilon"):
-    """Write a pipeline of `kind` "sd15" or "sdxl" to `folder`: random weights, the same ones every
-    time, for 64 x 64 pixels. What was in the folder goes if it is a pipeline, else: OSError."""
+def make_model(folder, kind, **other):
+    """Write a pipeline of `kind` "sd15", "sdxl" or "sd35" to `folder`: random weights, the same
+    ones every time, for 64 x 64 pixels; with `other` parts than those of TINY, or predictions. What
+    was in the folder goes if it is a pipeline, else: OSError."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU: seed only that
         torch.default_generator.manual_seed(0)
-        pipeline = assemble(**TINY[kind], prediction_type=prediction_type)
+        pipeline = assemble(**TINY[kind] | other)
     beside = folder.with_name(folder.name + ".new")
     pipeline.save_pretrained(beside)
     if (folder / "model_index.json").exists():
@@ -194,11 +229,11 @@ def main():
 
     folder.mkdir(parents=True, exist_ok=True)
     model, pairs = folder / "tiny-sdxl", folder / "pairs.parquet"
-    make_model(folder / "tiny-sd15", "sd15")
-    make_model(model, "sdxl")
+    for kind in TINY:
+        make_model(folder / f"tiny-{kind}", kind)
     make_scorer(folder / "tiny-clip")
     make_pairs(pairs)
-    for path in (folder / "tiny-sd15", model, folder / "tiny-clip", pairs):
+    for path in (*(folder / f"tiny-{kind}" for kind in (*TINY, "clip")), pairs):
         size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
         print(f"wrote {path}  {size / 1e6:.1f} MB")
     print(f"next: python diffusion_dpo.py --model {model} --data {pairs} \\\n"

@@ -31,30 +31,30 @@ NO = dpo.NO
 DEFAULTS = {  # beta, lr, batch, lora for toy, sd15, sdxl: of the released codes; for the toy ours
     "d3po": ((1.0, 0.1, 0.1), (3e-3, 3e-5, 3e-5), (128, 40, 40), (NO, 4, 4)),
     "spo": ((10.0, 10.0, 10.0), (3e-3, 6e-5, 1e-5), (128, 40, 16), (NO, 4, 64))}
-DEAD = ("draws", "cache", "caption-dropout", "eval-every", "eval-split", "evaluate")
+DEAD = ("anchor", "draws", "cache", "caption-dropout", "eval-every", "eval-split", "evaluate")
 
 
 def flags_of(method):
     """diffusion_dpo.py's FLAGS, with those of these methods and their defaults."""
     beta, lr, batch, lora = DEFAULTS[method]
     outs = [f"runs/{preset}-{method}" for preset in dpo.PRESETS]
-    hidden = {"help": argparse.SUPPRESS}, NO, NO, NO, ""
+    hidden = {"help": argparse.SUPPRESS}, NO, ""
     return dpo.FLAGS | dict.fromkeys(DEAD, hidden) | {
         "method": ({"choices": tuple(DEFAULTS)}, method, method, method, "whose pairs"),
         "beta": (dpo.at_least(1e-9, float), *beta, "weight of the KL (released codes; toy: ours)"),
-        "prediction": (hidden[0] | {"choices": ("epsilon",)}, "epsilon", NO, NO, ""),
-        "clip": (dpo.FACTOR, 0.0, 0.1, 0.1, "p_theta / p_ref is kept in 1 +- X (likewise)"),
+        "prediction": (hidden[0] | {"choices": ("epsilon",)}, "epsilon", NO, ""),
+        "clip": (dpo.FACTOR, 0.0, 0.1, "p_theta / p_ref is kept in 1 +- X (likewise)"),
         "lora": (dpo.SIZE, *lora, "rank of adapters (released codes); 0: train all weights"),
         "lr": (dpo.FACTOR, *lr, "peak rate (released codes; toy: ours, falling)"),
-        "warmup": (dpo.SIZE, None, 0, 0, "steps of rising rate [toy: 1/20; else 0]"),
-        "steps": (dpo.COUNT, 300, 1000, 1000, "optimizer steps (ours)"),
+        "warmup": (dpo.SIZE, None, 0, "steps of rising rate [toy: 1/20; else 0]"),
+        "steps": (dpo.COUNT, 300, 1000, "optimizer steps (ours)"),
         "batch": (dpo.COUNT, *batch, "prompts per step, all processes (released codes; toy: ours)"),
-        "micro-batch": (dpo.COUNT, 128, 1, 1, "prompts per forward and process (ours)"),
-        "data": (dpo.TEXT, NO, None, None, "prompts: a .txt, a line each, or those of pairs"),
-        "scorer": (dpo.TEXT, NO, "pickscore", "pickscore", "the judge, as in toy/judge.py"),
-        "sampling-steps": (dpo.at_least(2, int), 20, 20, 20, "denoising steps of a sample"),
-        "guidance": (dpo.at_least(1, float), NO, 5.0, 5.0, "in sampling and in training"),
-        "candidates": (dpo.at_least(2, int), 4, 4, 4, "spo: steps drawn from one x_t"),
+        "micro-batch": (dpo.COUNT, 128, 1, "prompts per forward and process (ours)"),
+        "data": (dpo.TEXT, NO, None, "prompts: a .txt, a line each, or those of pairs"),
+        "scorer": (dpo.TEXT, NO, "pickscore", "the judge, as in toy/judge.py"),
+        "sampling-steps": (dpo.at_least(2, int), 20, "denoising steps of a sample"),
+        "guidance": (dpo.at_least(1, float), NO, 5.0, "in sampling and in training"),
+        "candidates": (dpo.at_least(2, int), 4, "spo: steps drawn from one x_t"),
         "out": (dpo.TEXT, *outs, "folder; the same command goes on from there")}
 
 
@@ -66,6 +66,9 @@ def parse(argv=None):
     cfg = dpo.parse(argv, flags_of(method if method in DEFAULTS else "d3po"))
     if cfg.clip >= 1:
         raise dpo.Refusal(f"--clip {cfg.clip:g}: it should be less than 1")
+    if cfg.preset == "sd35":
+        raise dpo.Refusal(f"--model {cfg.model}: it should be SD1.5, SDXL or of their build; the"
+                          " steps of D3PO and SPO are DDIM's, which a flow has not")
     if cfg.preset != "toy" and not cfg.data:
         raise dpo.Refusal("--data: it should be a .txt, a prompt a line, or a preference set")
     cfg.draws, cfg.caption_dropout = 1, 0  # as the loop and ImagePairs want them

@@ -115,7 +115,7 @@ def main():
         runs = [*itertools.product(sides, range(3), moves)]
         for side, seed, (name, steps, lr) in tqdm(runs, f"{kind}, {width} wide", ncols=99):
             start = sft(width, 5000, 16, seed) if kind == "trained" else None
-            case = width, beta, side, seed, start and start.policy.unet.state_dict()
+            case = width, beta, side, seed, start and start.policy.network.state_dict()
             problem = moved(steps, lr, *case)
             row, exact = rows[4 * side**2], logits(problem)
             row[f"noise, {name}"].append((logits(problem, BF16) - exact).std().item())

@@ -305,8 +305,8 @@ def test_on_policy_on_images(tiny, tmp_path, capsys, monkeypatch, kind, method):
     as the judge, the range of the loss in the start line, log 2 at step 0; all under autocast."""
     precision, dtype = ("fp32", torch.float32) if kind == "sd15" else ("bf16", torch.bfloat16)
     dtypes = set()
-    forward = dpo.UNetPolicy.forward
-    monkeypatch.setattr(dpo.UNetPolicy, "forward", lambda policy, *x, **cond: (
+    forward = dpo.NetworkPolicy.forward
+    monkeypatch.setattr(dpo.NetworkPolicy, "forward", lambda policy, *x, **cond: (
         out := forward(policy, *x, **cond), dtypes.add(out.dtype))[0])
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n\na green ground\n")
     on_policy.main([
@@ -366,6 +366,7 @@ def test_conditions_and_judge_of_drawn_images(tiny, tmp_path, monkeypatch):
     ("--toy --guidance 3", "--guidance means no"),
     ("--toy --draws 2", "--draws means nothing"),
     ("--toy --sampling-steps 1", "--sampling-steps"), ("--model sd15", "--data: it should be"),
+    ("--model sd35 --data {tmp}/prompts.txt", "it should be SD1.5, SDXL"),
     ("--toy --sampling-steps 101", "--sampling-steps 101: it should be at most 100"),
     ("--model {tiny}/tiny-sd15 --data {tmp}/absent.txt", "absent.txt")])
 def test_wrong_input_of_on_policy(line, words, tiny, tmp_path, capsys, monkeypatch):
@@ -420,11 +421,12 @@ def test_samples_show_reference_and_policy(tiny, tmp_path, two_steps, precision,
     assert after.crop(right).tobytes() != before.crop(right).tobytes()
 
 
-@pytest.mark.parametrize("kind, lora", [("sd15", 0), ("sdxl", 0), ("sdxl", 2)])
+@pytest.mark.parametrize("kind, lora", [
+    ("sd15", 0), ("sdxl", 0), ("sdxl", 2), ("sd35", 0), ("sd35", 2)])
 @pytest.mark.parametrize("side", judge.SIDES)
-def test_only_the_unet_rounds_a_picture(tiny, two_steps, kind, lora, side):
+def test_only_the_network_rounds_a_picture(tiny, two_steps, kind, lora, side):
     """With --precision bf16 latents stay fp32 between the steps, and are decoded in fp32; the UNet
-    runs under autocast, as in training."""
+    or transformer runs under autocast, as in training."""
     problem, seen = problem_of(tiny, kind, "--precision", "bf16", "--lora", str(lora)), []
     decode = problem.pipe.vae.decode
 
@@ -434,8 +436,10 @@ def test_only_the_unet_rounds_a_picture(tiny, two_steps, kind, lora, side):
         return decode(latents, **more)
 
     problem.pipe.vae.decode, outs = decode_and_look, []
-    unet = problem.reference.unet if side == "reference" and not lora else problem.policy.unet
-    unet.conv_out.register_forward_hook(lambda module, args, out: outs.append(out.dtype))
+    own = side == "policy" or lora
+    unet = problem.policy.network if own else problem.reference.network
+    last = unet.proj_out if kind == "sd35" else unet.conv_out
+    last.register_forward_hook(lambda module, args, out: outs.append(out.dtype))
     figure.draw_images(problem, side, [("a cat", 0)])
     assert seen == [(torch.float32, False, False)] and set(outs) == {torch.bfloat16}
     assert "forward" not in vars(unet)
@@ -938,12 +942,15 @@ def test_help_fits_the_screen(capsys):
 
 @pytest.mark.parametrize("kind, counts", [
     ("sd15", (859_520_964, 83_653_863, 123_060_480)),
-    ("sdxl", (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840))])
+    ("sdxl", (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840)),
+    ("sd35", (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656))])
 def test_published_sizes(kind, counts):
-    """UNet, VAE and text encoders with random weights have as many parameters as on the hub."""
+    """With random weights UNet or transformer, VAE and text encoders have as many parameters as on
+    the hub."""
     parts = make_tiny.assemble(**make_tiny.PUBLISHED[kind], device="meta").components
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
-    found = parts["unet"], parts["vae"], torch.nn.ModuleList(encoders)
+    network = parts["transformer" if kind == "sd35" else "unet"]
+    found = network, parts["vae"], torch.nn.ModuleList(encoders)
     assert tuple(sum(p.numel() for p in part.parameters()) for part in found) == counts
 
 
@@ -1039,10 +1046,11 @@ def test_activations_by_hand():
     assert found == 2 * (7 * 3 + 7 * 5 + 5 * 2) + 4 * (7 * 2 + 7 * 2 + 7 * 2 + 7 + 7)
 
 
-@pytest.mark.parametrize("flags", ["", "--lora 2", "--optimizer adamw"])
-def test_memory_is_that_of_a_run(tiny, monkeypatch, flags):
+@pytest.mark.parametrize("kind, flags", [
+    ("sdxl", ""), ("sdxl", "--lora 2"), ("sdxl", "--optimizer adamw"), ("sd35", "--lora 2")])
+def test_memory_is_that_of_a_run(tiny, monkeypatch, kind, flags):
     """What `memory` computes for any flags is what a run has after a step, its tensors counted."""
-    argv = ["--model", str(tiny / "tiny-sdxl"), "--resolution", "64", "--batch", "1",
+    argv = ["--model", str(tiny / f"tiny-{kind}"), "--resolution", "64", "--batch", "1",
             "--data", str(tiny / "pairs.parquet"), "--workers", "0", *flags.split()]
     rows, cfg = [], dpo.parse(argv)
     monkeypatch.setattr(cost, "print_table", rows.extend)
@@ -1120,12 +1128,12 @@ def test_time_by_a_clock_that_is_told(tiny, tmp_path, monkeypatch, lora):
             out.register_hook(lambda grad: pass_by(7))
         return out
 
-    forwarded = dpo.UNetPolicy.forward
+    forwarded = dpo.NetworkPolicy.forward
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(cost, "matmul_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(dpo, "read_image", slow(dpo.read_image, 1))
     monkeypatch.setattr(dpo.StableDiffusion, "encode", slow(dpo.StableDiffusion.encode, 2))
-    monkeypatch.setattr(dpo.UNetPolicy, "forward", forward)
+    monkeypatch.setattr(dpo.NetworkPolicy, "forward", forward)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow(
         torch.nn.utils.clip_grad_norm_, 13))
     monkeypatch.setattr(torch.optim.AdamW, "step", slow(
@@ -1161,7 +1169,7 @@ def test_timed_steps_are_the_runs(tiny, tmp_path, monkeypatch):
     seen, real = [], dpo.train_step
 
     def step(problem, *more):
-        seen.append((real(problem, *more)["loss"], problem.policy.unet.conv_in.weight.clone()))
+        seen.append((real(problem, *more)["loss"], problem.policy.network.conv_in.weight.clone()))
         return {"step": more[-2], "unreadable": 0}
 
     argv = ["--model", str(tiny / "tiny-sd15"), "--resolution", "64", "--batch", "4", "--workers",
@@ -1355,7 +1363,8 @@ def built(change):
 
 def test_experiments_change_what_they_say():
     """One mode: a Gaussian of std 1/2, no reward; linear betas: other noise levels, then another
-    weight alone; coverage 0: no points off the reference."""
+    weight alone; coverage 0: no points off the reference; velocity: the network's word counts for
+    a_t of what it does else."""
     toy, one, linear = built(None), built("one mode"), built("linear betas")
     x = one.pairs.x_w
     assert x.mean(0).norm() < 0.3 and one.reward(x).count_nonzero() == 0
@@ -1368,6 +1377,72 @@ def test_experiments_change_what_they_say():
     assert linear.weight.std() > 1 and toy.weight.std() < 0.1 * toy.weight.mean()
     spread = [(built(moved).pairs.x_w.norm(dim=1) - 2).std() for moved in (0.0, 0.5, 1.0)]
     assert 0.9 * 0.5 < spread[0] < spread[1] < spread[2]
+    velocity, t = built("velocity"), torch.tensor([0, 50, 99])
+    for problem in toy, velocity:
+        torch.nn.init.ones_(problem.policy.net[-1].weight)
+    said, reference = velocity.policy(x[:3], t), toy.reference(x[:3], t)
+    a_t = toy.alphas_cumprod[t][:, None].sqrt()
+    torch.testing.assert_close(said - reference, a_t * (toy.policy(x[:3], t) - reference))
+
+
+def moved_toy(*argv):
+    """A toy whose policy is not its reference, and a batch."""
+    toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "40", *argv]))
+    torch.nn.init.normal_(toy.policy.net[-1].weight, std=0.1)
+    return toy, batch_of_pairs(toy, *((0, row) for row in range(8)), draws=4)
+
+
+def test_changed_losses_by_hand():
+    """The exact margin is gamma (log p_ref(x_w) - log p_ref(x_l)) by the closed form, the rest as
+    drawn; SFT adds 0.03 err_w; any other change leaves the loss alone."""
+    toy, batch = moved_toy("--gamma", "0.3")
+    plain = study.changed_step(None)(toy, batch, toy.cfg)
+    e_w, e_l, r_w, r_l = dpo.pair_errors(toy, batch["x_w"], batch["x_l"], batch["t"],
+                                         batch["eps"], {})
+    margin = toy.ring.log_prob(batch["x_w"]) - toy.ring.log_prob(batch["x_l"])
+    logit = 0.8 * ((r_w - e_w) - (r_l - e_l)) + 0.3 * margin
+    exact = study.changed_step("exact margin")(toy, batch, toy.cfg)
+    assert exact[2].item() == pytest.approx(logit.sum().item(), rel=1e-4)
+    assert exact[0].item() == pytest.approx((1 + (-logit).exp()).log().sum().item(), rel=1e-4)
+    assert abs(exact[2] - plain[2]) > 0.1
+    sft = study.changed_step("SFT on the preferred")(toy, batch, toy.cfg)
+    assert (sft - plain)[0].item() == pytest.approx(0.03 * e_w.sum().item(), rel=1e-3)
+
+
+def test_ranks_by_chance_are_bradley_terry():
+    """A score that is higher by 1 wins in sigmoid(1) of the draws."""
+    x = torch.tensor([1.0, 0.0]).expand(20_000, 2)
+    scores = study.by_chance(lambda x_0, batch: x_0, dpo.generator("test"))(x, None)
+    assert (scores[:, 0] > scores[:, 1]).double().mean().item() == pytest.approx(0.731, abs=0.01)
+
+
+def test_drift_and_judge_of_a_known_policy():
+    """Without a reward p* is p_ref: the reference's distance to its denoiser is 0 at every noise
+    level, and a policy that is off by a constant c is off by T omega |c|^2, all of it common; its
+    log-ratios lose as many nats. One that is the reference loses none."""
+    toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "40"]))
+    toy.reward = lambda x: 0 * x[:, 0]
+    found = study.drift(toy)
+    assert max(found["reference"] + found["policy"]) < 0.02
+    toy.policy.net[-1].bias.data += torch.tensor([0.3, 0.0])
+    found, cost_of = study.drift(toy), (0.09 * toy.weight[list(study.LEVELS)]).tolist()
+    assert found["policy"] == pytest.approx(cost_of, rel=0.1)
+    assert found["common"] == pytest.approx(found["policy"], rel=0.05)
+    toy.reward = lambda x: x[:, 0]
+    assert 0.1 < study.as_a_judge(toy)["nats_lost"] < 0.09 * toy.weight.mean()
+    toy.policy.net[-1].bias.data.zero_()
+    assert study.as_a_judge(toy)["nats_lost"] == pytest.approx(0, abs=1e-5)
+
+
+def test_distilled_is_what_the_judge_says(monkeypatch):
+    """Samples of the reference, weighted by a log-ratio and learnt by plain denoising: with that of
+    p* the new policy comes nearer to p*, by an ODE, too."""
+    toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "40"]))
+    monkeypatch.setattr(dpo, "SAMPLES", 4000)
+    monkeypatch.setattr(study, "log_ratios", lambda toy, x: toy.reward(x) / toy.cfg.beta)
+    study.distill(toy, samples=4000, steps=150, batch=256)
+    numbers = toy.measure()[0]
+    assert max(numbers["tv_policy"], numbers["tv_policy_ode"]) < 0.5 * numbers["tv_reference"]
 
 
 @pytest.mark.slow
@@ -1447,7 +1522,8 @@ def test_one_mode_and_logits_are_measured(brief):
     t alone, steadies a logit."""
     still = BRIEF + "--eval-every 0 --lr 0"
     assert study.run((still, "one mode", 0))["std"] == pytest.approx(0.5, abs=0.05)
-    moved = study.run((BRIEF + "--eval-every 0 --warmup 0", "logits", 0))["logits"]
+    longer = BRIEF + "--steps 20 --eval-every 0 --warmup 0"
+    moved = study.run((longer, "logits", 0))["logits"]
     assert 0 < moved["t and eps"] < moved["t"] < moved["nothing"]
 
 
