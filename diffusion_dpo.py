@@ -1,4 +1,4 @@
-"""Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SDXL.
+"""Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SD3.5.
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
     torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings, but lr
@@ -11,7 +11,7 @@ p_ref, a frozen copy of where it started. Its loss (Eq. 14) compares four denois
     logit = beta [(r_w - e_w) - (r_l - e_l)] - gamma (e_w - e_l)          (gamma = 0: Eq. 14)
 
     e = T omega_t || eps - eps_theta(x_t, t, c) ||^2    r = the same of p_ref    _w, _l: of x_w, x_l
-    x_t = a_t x_0 + s_t eps,   a_t^2 = abar_t,   s_t^2 = 1 - abar_t,   eps ~ N(0, 1)
+    x_t = a_t x_0 + s_t eps,  eps ~ N(0, 1),  a_t^2 = abar_t = 1 - s_t^2  (a flow: a_t + s_t = 1)
 
 Five steps lead to it:
  1. Bradley-Terry: x_w is preferred with probability sigmoid(R(x_w) - R(x_l)), for some reward R.
