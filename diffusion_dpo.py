@@ -11,7 +11,7 @@ p_ref, a frozen copy of where it started. Its loss (Eq. 14) compares four denois
     logit = beta [(r_w - e_w) - (r_l - e_l)] - gamma (e_w - e_l)          (gamma = 0: Eq. 14)
 
     e = T omega_t || eps - eps_theta(x_t, t, c) ||^2    r = the same of p_ref    _w, _l: of x_w, x_l
-    x_t = a_t x_0 + s_t eps,  eps ~ N(0, 1),  a_t^2 = abar_t = 1 - s_t^2  (a flow: a_t + s_t = 1)
+    x_t = a_t x_0 + s_t eps, eps ~ N(0, 1), a_t^2 = abar_t = 1 - s_t^2 (in a flow a_t + s_t = 1)
 
 Five steps lead to it:
  1. Bradley-Terry: x_w is preferred with probability sigmoid(R(x_w) - R(x_l)), for some reward R.
@@ -42,8 +42,8 @@ Where the paper, its released code and this file differ:
  1. beta. T omega_t is a constant in the paper; its code takes half the MEAN squared error, that is
     T omega_t = 1/(2d) for latents of d numbers. So do we for images: beta = 2000 and 5000 refer to
     it (trainers without the half need half the beta). On the SUM of squares that is beta/(2d), and
-    the smaller, the longer the leash to p_ref: 0.061 for 2000 on SD1.5 (d = 16,384), 0.153 for 5000
-    there, 0.038 on SDXL (d = 65,536). In the toy T omega_t is the ELBO's, and beta is in nats.
+    the smaller, the weaker the pull to p_ref: 0.061 for 2000 on SD1.5 (d = 16,384), 0.153 for 5000
+    there, 0.038 on SDXL (d = 65,536). In the toy T omega_t is the ELBO's: errors are in nats.
  2. Learning rate: the paper prints (2000 / beta) 2.048e-8; its launchers run 2.048e-5 (1e-8 times
     2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5,
     at 5000 8.2e-6. It rises for a quarter of the steps, as in the paper (SDXL launcher: a tenth).
@@ -119,9 +119,9 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0, anchor=0.0):
     At step 0 policy = reference. With gamma = 0 the logit is 0 and the loss log 2 = 0.693, whatever
     the pair; with gamma > 0 the margin is left, here -0.1: the loss is log(1 + e^0.1) = 0.744.
 
-    What raises both errors alike cancels. anchor (ours) sees it, if pairs are samples of p_ref and
-    errors in nats: the mean of p_theta / p_ref, that is of exp(r - e), is 1 for a density, and less
-    for larger errors. p* loses nothing. Keep it well below beta^2 / 2, or it pays for noise in e.
+    What raises both errors alike cancels in the logit. anchor (ours, toy only; toy/README.md, i)
+    penalises it, if pairs are samples of p_ref and errors in nats: then the mean of p_theta / p_ref
+    = exp(r - e) is 1 for a density, less if e is too large. Well below beta^2 / 2, or noise wins.
     """
     # The differences first: policy and reference nearly cancel, and beta is in the thousands.
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)
@@ -194,14 +194,14 @@ def pair_errors(problem, x_w, x_l, t, eps, cond):
     abar_t = problem.alphas_cumprod[t].view(-1, *[1] * (x_0.dim() - 1))  # (2BK, 1, ...)
     a_t, s_t = signal_and_noise(abar_t, problem.prediction)
     x_t = a_t * x_0 + s_t * eps  # (2BK, *shape)
-    # x_t is given: v (arXiv:2202.00512, App. D) or a flow (arXiv:2403.03206), (eps - x_t) / a_t,
-    # has the error of eps over a_t. Like public trainers we leave image models their own units.
+    # Given x_t, v = (eps - s_t x_t) / a_t (arXiv:2202.00512, App. D) and flow = (eps - x_t) / a_t
+    # (arXiv:2403.03206) have eps's error over a_t. Image models keep their units, as elsewhere.
     target = {"epsilon": eps, "v_prediction": a_t * eps - s_t * x_0, "flow": eps - x_0}
     target = target[problem.prediction]
     with torch.no_grad():  # the reference goes first, while no activations of the policy are held
         ref_errors = weighted_errors(problem.reference, problem, x_t, t, target, cond)  # (2BK,)
     errors = weighted_errors(problem.policy, problem, x_t, t, target, cond)  # (2BK,)
-    # The mean over draws comes here, before the log-sigmoid: a noisy logit teaches caution, README.
+    # The mean over draws comes before the log-sigmoid: noise teaches caution (toy/README.md, a).
     err_w, err_l = errors.view(2, B, K).mean(2)  # (B,) each
     ref_err_w, ref_err_l = ref_errors.view(2, B, K).mean(2)
     return err_w, err_l, ref_err_w, ref_err_l
@@ -241,7 +241,7 @@ class Ring:
 def velocity(denoiser, alphas_cumprod, x_t, t):
     """A denoiser as a flow: eps - x_0 (N, 2) at x_t (N, 2), where a_t + s_t = 1."""
     a_t, s_t = signal_and_noise(alphas_cumprod[t][:, None], "flow")  # (N, 1)
-    eps = denoiser(x_t / (a_t**2 + s_t**2).sqrt(), t)  # it knows x_t by a_t^2 + s_t^2 = 1
+    eps = denoiser(x_t / (a_t**2 + s_t**2).sqrt(), t)  # it expects a_t^2 + s_t^2 = 1
     return (eps - x_t) / a_t  # as x_0 = (x_t - s_t eps) / a_t
 
 
@@ -282,7 +282,7 @@ def toy_reward(x):
 
 
 def toy_proxy(x):
-    """A reward (N,) that errs (--proxy): the true one, plus a hill where that is nearly 0."""
+    """A reward (N,) that errs (--proxy): the true one, plus a hill where it is nearly 0."""
     hill = torch.exp(-(x - torch.tensor([-2.0, 0.0])).square().sum(-1) / (2 * 0.8**2))
     return toy_reward(x) + 3 * hill
 
@@ -348,7 +348,7 @@ def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
 
 @torch.no_grad()
 def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
-    """Samples (n, 2) of a denoiser in all T steps: DDPM's sampler (arXiv:2006.11239, Eq. 7)."""
+    """Samples (n, 2) of a denoiser in all T steps; eta = 1 is DDPM (arXiv:2006.11239, Eq. 7)."""
     x = torch.randn(n, 2, generator=gen)
     abars = torch.cat([torch.ones(1), alphas_cumprod])  # (T + 1,), with that of x_0
     for t in reversed(range(len(alphas_cumprod))):
@@ -709,9 +709,10 @@ def load_pipeline(model):
                                 **dict.fromkeys(["safety_checker", *left_out]))
 
 
-def read_schedule(config):
-    """alphas_cumprod (T,) and what networks predict, by a scheduler's config. Raises Refusal."""
-    if "shift" in config and not config.use_dynamic_shifting:
+def read_schedule(pipe):
+    """alphas_cumprod (T,) and what the network predicts, by the scheduler. Raises Refusal."""
+    config, sd3 = pipe.scheduler.config, "transformer" in pipe.components
+    if sd3 and "shift" in config and not config.get("use_dynamic_shifting"):
         # SD3 draws logit(s_t) from a normal distribution (arXiv:2403.03206, 3.1), which `shift`
         # moves. Our T levels are the quantiles of that: so t is uniform here, too.
         T = config.num_train_timesteps
@@ -721,7 +722,7 @@ def read_schedule(config):
     from diffusers import DDPMScheduler
     schedule = DDPMScheduler.from_config(config)
     prediction = schedule.config.prediction_type
-    if "beta_start" not in config or prediction not in ("epsilon", "v_prediction"):
+    if sd3 or "beta_start" not in config or prediction not in ("epsilon", "v_prediction"):
         raise Refusal("--model: it should predict epsilon or v with DDPM's noise, or SD3's flow")
     return schedule.alphas_cumprod, prediction
 
@@ -731,7 +732,7 @@ class StableDiffusion:
 
     def __init__(self, cfg, device, pipe, pairs=None, held_out=None):
         self.cfg, self.pipe, self.pairs, self.held_out = cfg, pipe, pairs, held_out
-        alphas_cumprod, self.prediction = read_schedule(pipe.scheduler.config)
+        alphas_cumprod, self.prediction = read_schedule(pipe)
         flow, bf16 = self.prediction == "flow", cfg.precision == "bf16"
         network = (pipe.transformer if flow else pipe.unet).float()
         self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)
@@ -744,9 +745,8 @@ class StableDiffusion:
         base = network if cfg.lora else deepcopy(network)
         nn.ModuleList([base, pipe.vae, *encoders]).requires_grad_(False)
         if bf16:
-            # Autocast rounds weights at every use. The reference's never change, so once is enough:
-            # half the memory, the same numbers. The trained ones stay fp32: near 0.02 bf16 has a
-            # spacing of 1.2e-4, and a step of 2e-5 would be lost.
+            # Autocast rounds weights at every use; for the reference's once is enough. The trained
+            # ones stay fp32: near 0.02 bf16 has a spacing of 1.2e-4, a step of 2e-5 would be lost.
             for module in base.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(torch.bfloat16)
@@ -760,6 +760,8 @@ class StableDiffusion:
         pipe.to(device), base.to(device)
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
+        if flow and side > (most := network.config.patch_size * network.config.pos_embed_max_size):
+            raise Refusal(f"--resolution {cfg.resolution}: it should be at most {8 * most}")
         self.weight = torch.full_like(times if flow else self.alphas_cumprod,
                                       1 / (2 * math.prod(self.shape)))  # (T,) fp32
         for each in filter(None, (pairs, held_out) if cfg.cache else ()):
@@ -804,8 +806,7 @@ class StableDiffusion:
         if self.pipe.config.force_zeros_for_empty_prompt:  # as when it samples without a prompt
             given = torch.tensor([[text != ""] for text in prompts]).to(prompt, non_blocking=True)
             cond = {"prompt": prompt * given[:, None], "text_embeds": pooled[0] * given}
-        # Original size, corner of the crop, size: like the released code we say that all are whole.
-        # With the true sizes c would differ within a pair, and could betray the label.
+        # Sizes and crop as if all were whole, as in the released code: true ones may betray labels.
         sizes = torch.tensor([1, 1, 0, 0, 1, 1], device=prompt.device) * float(self.cfg.resolution)
         return cond | {"time_ids": sizes.repeat(len(prompts), 1)}
 
@@ -874,8 +875,7 @@ def evaluate(problem, cfg):
 
 
 def load_policy(policy, named):
-    """Puts weights into `policy`: those of a folder, or of a run's (what it ended with, or else its
-    newest checkpoint). Returns the folder. Raises Refusal."""
+    """Loads the weights of a folder, or a run's last ones. Returns their folder. Raises Refusal."""
     places = [Path(named), Path(named, policy.folder),
               *sorted(Path(named).glob(f"checkpoint-[0-9]*/{policy.folder}"), reverse=True)]
     places = [place for place in places if any(place.glob("*.safetensors"))]
@@ -920,8 +920,7 @@ def autocast(problem):
 
 
 def make_optimizer(parameters, cfg):
-    """AdamW or Adafactor as the released launchers run them, weight decay 0.01 included. torch's
-    own Adafactor is another: it scales the learning rate by the size of each weight."""
+    """AdamW or Adafactor as the launchers run them; torch's own Adafactor scales lr by weights."""
     if cfg.optimizer == "adafactor":
         from transformers.optimization import Adafactor
         released = {"scale_parameter": False, "relative_step": False, "clip_threshold": 1.0}
@@ -997,8 +996,7 @@ def save_checkpoint(out, step, policy, optimizer, unreadable):
 
 
 def load_checkpoint(out, policy, optimizer):
-    """Reads the newest checkpoint that is whole. Returns the step to go on from, and how many pairs
-    were unreadable. Raises Refusal if there are checkpoints, and none is whole."""
+    """Reads the newest whole checkpoint: its step, unreadable pairs. Refusal if none is whole."""
     wrong, found = {}, (0, 0)
     for folder in sorted(out.glob("checkpoint-[0-9]*"), reverse=True):
         try:
@@ -1034,8 +1032,8 @@ class Log:
         trained = sum(p.numel() for p in problem.policy.parameters() if p.requires_grad)
         print(f"model       {cfg.model}: {trained:,} trained parameters in fp32, forward in"
               f" {cfg.precision} on {problem.weight.device}\n"
-              f"loss        {cfg.method}, beta {cfg.beta:g}, gamma {cfg.gamma:g}; beta T omega is"
-              f" {cfg.beta * problem.weight.max():.3g} at most\n"
+              f"loss        {cfg.method}, beta {cfg.beta:g}, gamma {cfg.gamma:g}, anchor"
+              f" {cfg.anchor or 0:g}; beta T omega up to {cfg.beta * problem.weight.max():.3g}\n"
               f"steps       {cfg.steps:,} of {cfg.batch} pairs by {cfg.optimizer} at {cfg.lr:.4g};"
               f" {cfg.micro_batch} at a time on {world} processes, {cfg.draws} draws each\n"
               f"epochs      {self.bar.total / n:.3g} of {n:,} pairs\n"
@@ -1160,7 +1158,7 @@ def parse(argv=None, flags=FLAGS):
     parser = argparse.ArgumentParser(
         usage="%(prog)s (--toy | --model MODEL) [flags]", description=__doc__.splitlines()[0],
         epilog="[defaults: toy, sd15, sdxl, sd35; the last one is for the rest, too] (their source:"
-        " section of arXiv:2311.12908, or ours; the toy's are ours, sd35's flow_grpo's)",
+        " section of arXiv:2311.12908, or ours; toy: ours; sd35: ours, beta, lr, lora flow_grpo's)",
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=22, width=100))
     group = parser.add_mutually_exclusive_group(required=True)
@@ -1196,6 +1194,8 @@ def parse(argv=None, flags=FLAGS):
         raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {world * cfg.micro_batch}")
     if not toy and cfg.resolution % 16:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 16")
+    if cfg.preset == "sd35" and not cfg.lora and "lr" not in given:
+        raise Refusal("--lora 0: it needs --lr, as 3e-4 is for adapters")
     if not toy and cfg.eval_every and not cfg.eval_split:
         raise Refusal("--eval-every: it needs --eval-split, pairs that are not trained on")
     return cfg
@@ -1264,7 +1264,7 @@ def command():
         # An image worker's Refusal comes with its story before it, perhaps to this process alone.
         _, alone, text = str(error).rpartition("Refusal: ")
         if alone or isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print("\nerror:", text, file=sys.stderr)
+            print("\nerror:", first_line(text), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # the training handles it by itself
         sys.exit(130)

@@ -350,7 +350,7 @@ def test_sampler_is_diffusers(ring, kind, eta):
 def test_what_anchor_measures(ring):
     """The mean of exp(r - e) over samples of p_ref is 1 if the policy is the denoiser of a density,
     here of the ring with other shares of its modes; and less if all its predictions are shifted by
-    a constant, although that leaves the difference between two halves' errors alone."""
+    a constant, although what that costs cancels between the halves of a pair."""
     shares = torch.linspace(-1, 1, 8).softmax(0)
 
     class Other(dpo.Ring):
@@ -605,7 +605,7 @@ def test_stable_diffusion_starts_at_log_2(tiny, kind, precision):
     halves of a pair have the same condition, though their images differ in size, in training and
     when they are judged."""
     problem = sd_problem(sd_config(tiny, kind, "--precision", precision, "--checkpointing", "on",
-                                   "--lora", "0"))
+                                   "--lora", "0", "--lr", "1e-5"))
     sizes = [{Image.open(io.BytesIO(row[side]["bytes"])).size for side in ("jpg_0", "jpg_1")}
              for row in problem.pairs.table]
     row = list(map(len, sizes)).index(2)
@@ -674,23 +674,29 @@ def test_sd35_errors_by_hand(tiny):
 
 def test_v_prediction_and_folder_not_name(tiny, tmp_path):
     """Architecture and prediction type come from the folder, whatever it is called; a model whose
-    noise is another (EDM, a flow whose shift depends on the resolution) is refused, and weights
-    that would be unpickled."""
+    noise is another (EDM, a flow whose shift depends on the resolution, a UNet with a flow) is
+    refused, and weights that would be unpickled."""
     make_tiny.make_model(tmp_path / "tiny-sd15", "sdxl", prediction_type="v_prediction")
     cfg = sd_config(tmp_path, "sd15", "--data", str(tiny / "pairs.parquet"))
     assert (cfg.preset, cfg.beta, cfg.optimizer) == ("sdxl", 5000.0, "adafactor")
     assert sd_problem(cfg).prediction == "v_prediction"
     pipe = dpo.load_pipeline(cfg.model)
-    for scheduler in (diffusers.EDMEulerScheduler(),
-                      diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
-        pipe.scheduler = scheduler
-        with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
-            dpo.StableDiffusion(cfg, "cpu", pipe)
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
+        dpo.StableDiffusion(cfg, "cpu", pipe)
     unet = tmp_path / "tiny-sd15" / "unet" / dpo.WEIGHTS
     torch.save(load_file(unet), unet.with_suffix(".bin"))
     unet.unlink()
     with pytest.raises(OSError, match="safetensors"):
         dpo.load_pipeline(cfg.model)
+    sd35 = sd_config(tiny, "sd35")
+    for build, scheduler in (("sd35", diffusers.DDPMScheduler()), (
+            "sdxl", diffusers.FlowMatchEulerDiscreteScheduler()), (
+            "sd35", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))):
+        pipe = dpo.load_pipeline(str(tiny / f"tiny-{build}"))
+        pipe.scheduler = scheduler
+        with pytest.raises(dpo.Refusal, match="should predict epsilon or v"):
+            dpo.StableDiffusion(sd35, "cpu", pipe)
 
 
 def test_optimizers_are_the_released_ones():
@@ -730,7 +736,7 @@ def test_sft_is_the_denoising_loss_of_diffusers(tiny):
 
 
 @pytest.mark.parametrize("kind, precision", [
-    ("sd15", "fp32"), ("sdxl", "fp32"), ("sd35", "fp32"), ("sdxl", "bf16")])
+    ("sd15", "fp32"), ("sdxl", "fp32"), ("sd35", "fp32"), ("sdxl", "bf16"), ("sd35", "bf16")])
 def test_lora(tiny, tmp_path, kind, precision):
     """--lora: adapters on every q, k, v and output, of SD3 those for the text, too; policy =
     reference to the last bit before training, the reference stays what it was while only the
@@ -1131,6 +1137,29 @@ def test_toy_closes_most_of_the_gap(tmp_path, capsys, monkeypatch):
     assert "no figure" in capsys.readouterr().out
 
 
+def test_all_of_sd35(tiny, tmp_path):
+    """--lora 0: a run of SD3.5 that was stopped ends with the same transformer, which
+    from_pretrained reads, as --evaluate does."""
+    argv = ["--lora", "0", "--lr", "1e-3", "--optimizer", "adafactor", "--save-every", "2",
+            "--sample-every", "0", "--eval-split", "train[:6]", "--eval-every", "4"]
+    cfg = sd_config(tiny, "sd35", *argv, "--out", str(tmp_path / "one"))
+    rows = dpo.train(sd_problem(cfg), cfg)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for path in ("transformer", "checkpoint-00000004"):
+        shutil.rmtree(tmp_path / "two" / path)
+    cfg.out = str(tmp_path / "two")
+    dpo.train(problem := sd_problem(cfg), cfg)
+    one, two = (diffusers.SD3Transformer2DModel.from_pretrained(
+        tmp_path / run, subfolder="transformer") for run in ("one", "two"))
+    assert same(one.state_dict(), two.state_dict())
+    assert same(one.state_dict(), problem.policy.network.state_dict())
+    cfg.out, cfg.evaluate = str(tmp_path / "one"), ""
+    dpo.report_evaluation(sd_problem(cfg), cfg)
+    found = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert found["policy"].endswith("/transformer") and found["margin"] != 0
+    assert found["margin"] == pytest.approx(rows[-1]["held_out_margin"], rel=1e-4)
+
+
 def test_sdxl_by_torchrun(tiny, tmp_path):
     """The real path: tiny SDXL, 2 processes that fill one cache, image workers, checkpointing,
     Adafactor, evaluation in training. SIGTERM to the second process and its workers makes the first
@@ -1412,8 +1441,8 @@ def test_cache_of_changed_and_unreadable_pictures(tiny, tmp_path):
 # ------------------------------------------------------------------------------ the command line
 
 def test_defaults_are_the_papers():
-    """SD1.5 and SDXL as the paper trains them; the rate follows beta, the warm-up --steps; SD3.5 as
-    flow_grpo does; and the toy's own settings."""
+    """SD1.5 and SDXL as the paper trains them; the rate follows beta, the warm-up --steps; SD3.5 by
+    beta, rate and rank of flow_grpo; and the toy's own settings."""
     paper = dict(method="dpo", gamma=0, draws=1, batch=2048, warmup=500, steps=2000, decay=0,
                  caption_dropout=0.2, lora=0, seed=0, evaluate=None)
     sd15, sdxl = dict(beta=2000, lr=2.048e-5, optimizer="adamw", resolution=512, out="runs/sd15"), {
@@ -1463,6 +1492,8 @@ def wrong_inputs():
     return [("", "required"), ("--model nowhere/nothing", "--model nowhere/nothing"),
             ("--model {tmp}", "--model"), ("--model {tmp}/flux", "SD3 or of their build"),
             ("--model sd35 --compile", "--compile means nothing"),
+            ("--model sd35 --lora 0", "--lora 0: it needs --lr"),
+            ("--model {tiny}/tiny-sd35 --data {tmp}/sound.parquet", "it should be at most 192"),
             ("--model sd15 --anchor 1", "--anchor means nothing"),
             *((f"--toy {line}", words) for line, words in toy),
             *((sd + line, words) for line, words in images)]

@@ -70,7 +70,7 @@ MEMORY_ROWS = (
     "--model sd15 --micro-batch 1 --checkpointing on --lora 16", "--model sdxl --micro-batch 2",
     "--model sdxl --micro-batch 1", "--model sdxl --micro-batch 1 --optimizer adamw",
     "--model sdxl --micro-batch 1 --optimizer adamw --lora 16", "--model sd35 --micro-batch 2",
-    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0")
+    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0 --lr 1e-5")
 SMALL = make_tiny.TINY["sd15"]
 MEDIUM = SMALL | {  # of 6.8M parameters
     "unet": SMALL["unet"] | {"block_out_channels": (80, 160), "layers_per_block": 2},
@@ -113,8 +113,9 @@ def account(cfg):
     frozen = policy if cfg.lora else problem.reference
     helpers = nn.ModuleList(part for name, part in parts.items()
                             if name == "vae" or name.startswith("text_encoder"))
-    found = {"policy": size(trained), "gradients": size(trained),
-             "reference": size(p for p in frozen.parameters() if not p.requires_grad),
+    buffers = size(policy.buffers())  # SD3's positions; with adapters there is one network
+    found = {"policy": size(trained) + (0 if cfg.lora else buffers), "gradients": size(trained),
+             "reference": size(p for p in frozen.parameters() if not p.requires_grad) + buffers,
              "VAE, text encoders": size(helpers.parameters())}
     cond = problem.encode_prompts(2 * cfg.micro_batch * cfg.draws * ["a prompt"])
     with FakeTensorMode():  # tensors that say they are on the CPU: autocast passes meta by

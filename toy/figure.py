@@ -61,7 +61,8 @@ def draw_images(problem, side, jobs):
         return []
     pipe, size = problem.pipe, problem.cfg.resolution
     gens = [module_of(problem).generator("draw", *job) for job in jobs]
-    # Not the pipeline's: that takes the type of the prompts, which is bf16 with --precision bf16.
+    # Not the pipeline's: that takes the type of the prompts, which is bf16 with --precision bf16
+    # (SD3's rounds this noise to it, once and for both sides alike).
     noise = torch.stack([torch.randn(problem.shape, generator=gen) for gen in gens])
     pipe.set_progress_bar_config(disable=True)
     with network_of(problem, side):

@@ -427,7 +427,8 @@ def test_samples_show_reference_and_policy(tiny, tmp_path, two_steps, precision,
 def test_only_the_network_rounds_a_picture(tiny, two_steps, kind, lora, side):
     """With --precision bf16 latents stay fp32 between the steps, and are decoded in fp32; the UNet
     or transformer runs under autocast, as in training."""
-    problem, seen = problem_of(tiny, kind, "--precision", "bf16", "--lora", str(lora)), []
+    problem, seen = problem_of(tiny, kind, "--precision", "bf16", "--lora", str(lora),
+                               "--lr", "1e-5"), []
     decode = problem.pipe.vae.decode
 
     def decode_and_look(latents, **more):
@@ -910,10 +911,10 @@ LABEL = "label --scorer {tiny}/tiny-clip --out out.parquet --data "
     (POLICY + "{wrong}/none", "--policy {wrong}/none: no policy in it"),
     (POLICY + "{wrong}/empty", "--policy {wrong}/empty: no policy in it"),
     (POLICY + "{wrong}/torn", "--policy {wrong}/torn: "),
-    (POLICY + "{wrong}/odd", "--policy {wrong}/odd: not adapters of this rank for this UNet"),
+    (POLICY + "{wrong}/odd", "--policy {wrong}/odd: not adapters of this rank for this network"),
     (POLICY + "{tiny}/tiny-sdxl", "--policy {tiny}/tiny-sdxl/unet: "),
     (POLICY + "{wrong}/toy", "--model {tiny}/tiny-sd15: --policy {wrong}/toy is of toy"),
-    (POLICY + "{tiny}/tiny-sd15 --resolution 63", "--resolution 63: it should be a multiple of 8"),
+    (POLICY + "{tiny}/tiny-sd15 --resolution 63", "--resolution 63: it should be a multiple of 16"),
     (POLICY + "{tiny}/tiny-sd15 --precision fp8", "--precision: invalid choice"),
     (POLICY + "{tiny}/tiny-sd15 --images 0", "--images: 0 is not at least 1"),
     ("compare --out out --prompts {wrong}/prompts.txt --policy {wrong}/empty", "name its --model"),
@@ -1047,11 +1048,13 @@ def test_activations_by_hand():
 
 
 @pytest.mark.parametrize("kind, flags", [
-    ("sdxl", ""), ("sdxl", "--lora 2"), ("sdxl", "--optimizer adamw"), ("sd35", "--lora 2")])
+    ("sdxl", ""), ("sdxl", "--lora 2"), ("sdxl", "--optimizer adamw"), ("sd35", "--lora 2"),
+    ("sd35", "--lora 0 --lr 1e-5")])
 def test_memory_is_that_of_a_run(tiny, monkeypatch, kind, flags):
     """What `memory` computes for any flags is what a run has after a step, its tensors counted."""
     argv = ["--model", str(tiny / f"tiny-{kind}"), "--resolution", "64", "--batch", "1",
-            "--data", str(tiny / "pairs.parquet"), "--workers", "0", *flags.split()]
+            "--data", str(tiny / "pairs.parquet"), "--workers", "0", "--precision", "bf16",
+            *flags.split()]
     rows, cfg = [], dpo.parse(argv)
     monkeypatch.setattr(cost, "print_table", rows.extend)
     cost.main(["memory", *argv])
@@ -1061,7 +1064,12 @@ def test_memory_is_that_of_a_run(tiny, monkeypatch, kind, flags):
     dpo.train_step(problem, optimizer, dpo.load_batches(problem, cfg, 0), cfg, 0)
     states = [value for state in optimizer.state.values() for value in state.values()]
     (row,) = rows
-    assert row["policy"] * 2**30 == cost.size(trained)
+    buffers = cost.size(problem.policy.buffers())
+    assert (buffers > 0) == (kind == "sd35")
+    frozen = problem.policy if cfg.lora else problem.reference
+    assert row["policy"] * 2**30 == cost.size(trained) + (0 if cfg.lora else buffers)
+    assert row["reference"] * 2**30 == buffers + cost.size(
+        p for p in frozen.parameters() if not p.requires_grad)
     assert row["gradients"] * 2**30 == cost.size(p.grad for p in trained)
     assert row["optimizer"] * 2**30 == cost.size(filter(torch.is_tensor, states))
     assert row["sum"] == sum(value for value in list(row.values())[1:-1])
@@ -1256,7 +1264,7 @@ def test_time_table(tmp_path, monkeypatch, capsys):
     ("memory --model sd15 --compile", "--compile: memory"),
     ("time --model sd15 --timed-steps 0", "--timed-steps"),
     ("time --model sd15 --evaluate", "--evaluate"),
-    ("time --model nowhere", "--model nowhere: not of diffusers' layout"),
+    ("time --model nowhere", "--model nowhere: it should be SD1.5, SDXL"),
     ("time --model tiny-sd15 --data nowhere", "--data nowhere: no such file or folder")])
 def test_wrong_input_of_cost(line, words, tiny, monkeypatch, capsys):
     """Exit code 2, one line that names the culprit, no traceback, and nothing is written."""
