@@ -48,8 +48,8 @@ Where the paper, its released code and this file differ:
     2048 pairs, at beta 5000), as all who reproduced it did. Ours is (2000 / beta) 2.048e-5,
     at 5000 8.2e-6. It rises for a quarter of the steps, as in the paper (SDXL launcher: a tenth).
  3. t and eps. Eq. 14 has eps^w and eps^l; the code shares both t and eps in a pair, and so do we.
-    Sharing eps is for the variance: in the toy the logit's standard deviation over draws is 1.33
-    with both shared, 2.53 with t alone, 4.73 with neither. At gamma = 0 what an error owes to t
+    Sharing eps is for the variance: in the toy the logit's standard deviation over draws is 1.32
+    with both shared, 2.44 with t alone, 4.11 with neither. At gamma = 0 what an error owes to t
     cancels between policy and reference; in gamma (e_w - e_l) only if the halves share t.
  4. Crop, flip and caption dropout are drawn once per pair; the code draws the flip per image (and
     its launchers crop the centre). A dropped caption is what the pipeline means by no prompt: ""

@@ -1128,6 +1128,7 @@ def test_toy_closes_most_of_the_gap(tmp_path, capsys, monkeypatch):
     assert results["tv_policy"] < results["tv_policy_ode"] < 1  # the drift, toy/README.md
     assert abs(results["reward_policy"] - results["reward_optimum"]) < 0.5
     assert "0.6931 (for dpo, gamma 0: log 2)" in capsys.readouterr().out
+    assert Image.open(tmp_path / "a" / "toy.png").width == 1280
     cfg = dpo.parse([*argv, str(tmp_path / "b")])
     problem = dpo.Toy(cfg)
     problem.pairs.x_w, problem.pairs.x_l = problem.pairs.x_l, problem.pairs.x_w

@@ -109,7 +109,7 @@ def draw_toy(problem, path, rows, numbers, densities):
     cfg, pairs, extent = problem.cfg, problem.pairs, module_of(problem).EXTENT
     above, below = ("".join(name * width for name in names)  # five of four columns, four of five
                     for names, width in (("01234", 4), ("5678", 5)))
-    figure, axes = plt.subplot_mosaic([above, below], figsize=(16, 7), layout="constrained")
+    figure, axes = plt.subplot_mosaic(f"{above}\n{below}", figsize=(16, 7), layout="constrained")
     maps, panels = ([axes[name] for name in names] for names in ("01234", "5678"))
     for x, colour, label in (
             (pairs.x_l, "tab:red", "rejected"), (pairs.x_w, "tab:green", "preferred")):

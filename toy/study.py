@@ -1,6 +1,6 @@
 """Make every figure and number of the toy that README.md and toy/README.md show.
 
-    python toy/study.py        # toy/study/*, toy/toy.png; half an hour on two cores, and toy.gif
+    python toy/study.py        # toy/study/*, toy/toy.png, toy/toy.gif; an hour on two cores
 
 Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
 the others, but for section i, are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million
@@ -283,7 +283,8 @@ def experiments():
                     "distilled": (FULL, "distilled"),
                     "SEE-DPO, gamma 0.5": (FULL + "--gamma 0.5", None),
                     "SEE-DPO, gamma 0.5, anchor 0.05": (FULL + "--gamma 0.5 --anchor 0.05",
-                                                        None)}}
+                                                        None)},
+        "j-flow": {"epsilon": (FULL, None), "flow": (FULL + "--prediction flow", None)}}
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -494,7 +495,7 @@ def draw_default_run(path):
     dpo.draw_picture = picture
     try:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            dpo.main(["--toy", "--sample-every", "60", "--out", f"{out}/toy"])
+            dpo.main(["--toy", "--sample-every", "100", "--out", f"{out}/toy"])
             shutil.copy(Path(out, "toy", "toy.png"), path)
     finally:
         dpo.draw_picture = real
@@ -522,6 +523,7 @@ def write(found):
     for name, columns in (("a-draws", ("tv_policy", "tv_floor", "reward_policy")),
                           ("b-beta", (*end, "reward_optimum", "entropy_optimum")),
                           ("f-weight", end), ("g-coverage", end), ("h-methods", end),
+                          ("j-flow", (*end, "tv_policy_ode")),
                           ("i-drift", ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost",
                                        "correlation"))):
         print(name + "\n" + table(found[name], found[name], columns))
