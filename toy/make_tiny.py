@@ -122,11 +122,13 @@ def assemble(vae, encoders, unet=None, transformer=None, t5=None, device="cpu",
     with torch.device(device):
         first = with_projection if transformer else transformers.CLIPTextModel
         parts = {"tokenizer": tokenizers[0],
-                 "text_encoder": first(transformers.CLIPTextConfig(**encoders[0] | ids)).eval(),
-                 "vae": diffusers.AutoencoderKL(**vae).eval()}
+                 "text_encoder": first(transformers.CLIPTextConfig(**encoders[0] | ids)).eval()}
         if len(encoders) == 2:
             parts |= {"tokenizer_2": tokenizers[1], "text_encoder_2": with_projection(
                 transformers.CLIPTextConfig(**encoders[1] | ids)).eval()}
+        if unet:
+            parts["unet"] = diffusers.UNet2DConditionModel(**unet)
+        parts["vae"] = diffusers.AutoencoderKL(**vae).eval()
         if transformer:
             return diffusers.StableDiffusion3Pipeline(
                 **parts, transformer=diffusers.SD3Transformer2DModel(**transformer),
@@ -134,7 +136,6 @@ def assemble(vae, encoders, unet=None, transformer=None, t5=None, device="cpu",
                 text_encoder_3=t5 and transformers.T5EncoderModel(
                     transformers.T5Config(**t5)).eval(),
                 scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
-        parts["unet"] = diffusers.UNet2DConditionModel(**unet)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
                 "steps_offset": 1, "prediction_type": prediction_type}
     if len(encoders) == 1:

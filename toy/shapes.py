@@ -198,7 +198,7 @@ def bradley_terry(reward_0, reward_1, seed):
 def build(out, seed, sizes):
     """Makes the folder: model, pairs.parquet, prompts.txt, clip/. Returns numbers by name."""
     torch.manual_seed(seed)
-    pipe = make_tiny.assemble(UNET, VAE, [TEXT])
+    pipe = make_tiny.assemble(unet=UNET, vae=VAE, encoders=[TEXT])
     pipe.tokenizer.add_tokens(WORDS)
     pipe.tokenizer.model_max_length = 12  # the longest caption has 9
     images = drawings(sizes["drawings"], seed)  # (36, n, 3, 32, 32)

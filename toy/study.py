@@ -168,8 +168,8 @@ def drift(toy, samples=500):
     grid = torch.cartesian_prod(axis, axis)  # (M, 2)
     log_p = (cfg.beta * toy.ring.log_prob(grid) + toy.reward(grid)) / (cfg.beta + cfg.gamma)
     chosen = torch.multinomial(log_p.softmax(0), samples, replacement=True, generator=gen)
-    eps, found = torch.randn(samples, 2, generator=gen), {"policy": [], "reference": [],
-                                                         "common": []}
+    weight, eps = dpo.elbo_weight(toy.alphas_cumprod), torch.randn(samples, 2, generator=gen)
+    found = {"policy": [], "reference": [], "common": []}
     for level in LEVELS:
         a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
         x_t, t = a_t * grid[chosen] + s_t * eps, torch.full((samples,), level)
@@ -178,7 +178,7 @@ def drift(toy, samples=500):
         off = {"policy": toy.policy.denoise(x_t, t) - exact, "reference": toy.ring(x_t, t) - exact}
         off["common"] = off["policy"].mean(0, keepdim=True)
         for name, vectors in off.items():
-            found[name].append((toy.weight[level] * vectors.square().sum(1).mean()).item())
+            found[name].append((weight[level] * vectors.square().sum(1).mean()).item())
     return found
 
 

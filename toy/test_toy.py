@@ -492,14 +492,17 @@ def panels(monkeypatch):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    real, kept = pyplot.subplots, []
+    kept = []
 
-    def subplots(*shape, **options):
-        made = real(*shape, **options)
-        kept[:] = made[1].flat
+    def keep(real):
+        def made(*shape, **options):
+            figure, axes = real(*shape, **options)
+            kept[:] = axes.values() if isinstance(axes, dict) else axes.flat
+            return figure, axes
         return made
 
-    monkeypatch.setattr(pyplot, "subplots", subplots)
+    for name in "subplots", "subplot_mosaic":
+        monkeypatch.setattr(pyplot, name, keep(getattr(pyplot, name)))
     return kept
 
 
@@ -515,13 +518,13 @@ def test_the_toy_is_drawn(tmp_path, panels, monkeypatch):
     monkeypatch.setattr(dpo, "SAMPLES", 1000)
     toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "2000"]))
     figure.draw(toy, tmp_path / "toy.png", ROWS)
-    assert Image.open(tmp_path / "toy.png").size == (1280, 624)
+    assert Image.open(tmp_path / "toy.png").size == (1280, 560)
     numbers, densities = toy.measure()
-    for panel, (name, p) in zip(panels[1:4], densities.items(), strict=True):
+    for panel, (name, p) in zip(panels[1:5], densities.items(), strict=True):
         assert panel.get_title().endswith(f"TV to p* = {numbers[f'tv_{name}']:.3f}")
         assert numpy.allclose(panel.get_images()[0].get_array(), p.T)
     true = dpo.toy_reward(toy.pairs.x_w) - dpo.toy_reward(toy.pairs.x_l)
-    loss, accuracy, errors, _ = map(curves, panels[4:])
+    loss, accuracy, errors, _ = map(curves, panels[5:])
     assert loss["the labels' reward"][0] == pytest.approx(true.neg().exp().log1p().mean().item())
     assert accuracy["the labels' reward"][0] == pytest.approx((true > 0).float().mean().item())
     assert accuracy["policy, held-out pairs"] == [0.6]
