@@ -53,7 +53,7 @@ Where the paper, its released code and this file differ:
     cancels between policy and reference; in gamma (e_w - e_l) only if the halves share t.
  4. Crop, flip and caption dropout are drawn once per pair; the code draws the flip per image (and
     its launchers crop the centre). A dropped caption is what the pipeline means by no prompt: ""
-    for SD1.5, zeros for SDXL (code: ""). A latent is the VAE's mean, not a sample as in the code.
+    for SD1.5 and SD3, zeros for SDXL (code: ""). A latent is the VAE's mean (code: a sample).
 """
 
 import argparse
@@ -120,8 +120,8 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0, anchor=0.0):
     the pair; with gamma > 0 the margin is left, here -0.1: the loss is log(1 + e^0.1) = 0.744.
 
     What raises both errors alike cancels in the logit. anchor (ours, toy only; toy/README.md, i)
-    penalises it, if pairs are samples of p_ref and errors in nats: then the mean of p_theta / p_ref
-    = exp(r - e) is 1 for a density, less if e is too large. Well below beta^2 / 2, or noise wins.
+    penalises it, if pairs are samples of p_ref and errors in nats: the mean of p_theta / p_ref, of
+    exp(r - e), is 1 for a density, less if e is too large. Well below beta^2 / 2: it rewards noise.
     """
     # The differences first: policy and reference nearly cancel, and beta is in the thousands.
     log_ratio_w = ref_err_w - err_w  # (B,)  log p_theta(x_w) - log p_ref(x_w)
@@ -260,7 +260,7 @@ class ToyPolicy(nn.Module):
 
     def denoise(self, x_t, t):
         """eps_hat (N, 2) at x_t (N, 2), where a_t^2 + s_t^2 = 1."""
-        level = self.ring.alphas_cumprod[t][:, None].logit() / 4  # log SNR, as large as x_t
+        level = self.ring.alphas_cumprod[t][:, None].logit() / 4  # log SNR, scaled like x_t
         return self.ring(x_t, t) + self.net(torch.cat([x_t, level], 1))
 
     def forward(self, x_t, t):
@@ -1095,7 +1095,7 @@ def report_toy(toy, rows):
     for name in densities:
         print(f"{name:12}{numbers[f'reward_{name}']:15.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
-    print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of p*: DPO should be near)")
+    print(f"{'floor':44}{numbers['tv_floor']:12.3f}   (samples of p*; _ode: drawn by an ODE)")
     draw_picture(toy, out / "toy.png", rows, numbers, densities)
     held_out = {name: rows[-1][name] for name in rows[-1] if name.startswith("held_out_")}
     write_json(out / "results.json", numbers | held_out | vars(cfg))
@@ -1194,7 +1194,7 @@ def parse(argv=None, flags=FLAGS):
         raise Refusal(f"--batch {cfg.batch}: it should be a multiple of {world * cfg.micro_batch}")
     if not toy and cfg.resolution % 16:
         raise Refusal(f"--resolution {cfg.resolution}: it should be a multiple of 16")
-    if cfg.preset == "sd35" and not cfg.lora and "lr" not in given:
+    if cfg.preset == "sd35" and not cfg.lora and "lr" not in given and cfg.evaluate is None:
         raise Refusal("--lora 0: it needs --lr, as 3e-4 is for adapters")
     if not toy and cfg.eval_every and not cfg.eval_split:
         raise Refusal("--eval-every: it needs --eval-split, pairs that are not trained on")

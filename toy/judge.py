@@ -128,7 +128,8 @@ def settings(args):
             if (folder / "config.json").exists() and not trained:  # that of a UNet has no "config"
                 trained = json.loads((folder / "config.json").read_text()).get("config", {})
         for file in sorted(policy.rglob(dpo.LORA_WEIGHTS))[:1]:
-            lora = min(min(each.shape) for each in load_file(file).values())  # rank x width
+            ranks = [len(each) for name, each in load_file(file).items() if "lora_A" in name]
+            lora = max(ranks, default=1)  # a file with other names is refused when it is loaded
     except Exception as error:  # of a torn file
         raise dpo.Refusal(f"--policy {args.policy}: {dpo.first_line(error)}") from error
     model = args.model or trained.get("model")

@@ -22,6 +22,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import torch
@@ -237,10 +238,13 @@ def run(work, flags, labels, seed):
     base, out = work / f"base-{seed}", result.with_suffix("")
     problem, cfg, step = make_problem(flags, labels, base, seed, out)
     score = judge.load_scorer(str(base / "clip"), "cpu")
-    dpo.draw_picture = lambda problem, path, rows: dpo.write_json(
-        path.with_suffix(".json"),
-        {"step": int(path.stem[-8:])} | compare(problem, score, work, seed))
-    dpo.train(problem, cfg, step)
+
+    def compare_instead(problem, path, rows):
+        dpo.write_json(path.with_suffix(".json"),
+                       {"step": int(path.stem[-8:])} | compare(problem, score, work, seed))
+
+    with mock.patch.object(dpo, "draw_picture", compare_instead):
+        dpo.train(problem, cfg, step)
     if labels == "shape":  # it was trained without prompts: the rest would mean nothing
         return dpo.write_json(result, shares(problem))
     numbers = compare(problem, score, work, seed)

@@ -1,6 +1,6 @@
 """Make every figure and number of the toy that README.md and toy/README.md show.
 
-    python toy/study.py        # toy/study/*, toy/toy.png, toy/toy.gif; an hour on two cores
+    python toy/study.py        # toy/study/*, toy/toy.png, toy/toy.gif; over an hour on two cores
 
 Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
 the others, but for section i, are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import matplotlib
 import torch
@@ -492,13 +493,10 @@ def draw_default_run(path):
         title = f"policy, step {int(file.stem[-8:])}"
         frames.append(frame(title, numbers["tv_policy"], p["policy"], p["optimum"]))
 
-    dpo.draw_picture = picture
-    try:
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            dpo.main(["--toy", "--sample-every", "100", "--out", f"{out}/toy"])
-            shutil.copy(Path(out, "toy", "toy.png"), path)
-    finally:
-        dpo.draw_picture = real
+    with (mock.patch.object(dpo, "draw_picture", picture), tempfile.TemporaryDirectory() as out,
+          contextlib.redirect_stdout(io.StringIO())):
+        dpo.main(["--toy", "--sample-every", "100", "--out", f"{out}/toy"])
+        shutil.copy(Path(out, "toy", "toy.png"), path)
     frames[0].save(path / "toy.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[100] * (len(frames) - 1) + [3000])
 

@@ -325,10 +325,11 @@ def test_a_run_of_the_study(base, tmp_path, monkeypatch):
     end and its numbers has the same numbers in the end. What is done is not done again."""
     monkeypatch.setattr(shapes, "CAPTIONS", shapes.CAPTIONS[:6])
     (base / "prompts.txt").write_text("\n".join(shapes.CAPTIONS))
-    job = flags_of("a-methods", "DPO", **BRIEF, lr="0")
+    job, drawing = flags_of("a-methods", "DPO", **BRIEF, lr="0"), dpo.draw_picture
     with monkeypatch.context() as patch:
         patch.setattr(shapes_study, "experiments", lambda: {"a-methods": {"DPO": job}})
         shapes_study.run(tmp_path, *job, 3)
+    assert dpo.draw_picture is drawing  # it is again what it was
     numbers = shapes_study.read(shapes_study.result_file(tmp_path, *job, 3))
     assert numbers["win_rate"] == numbers["held_out_accuracy"] == 0.5
     for each in numbers, *numbers["solvers"].values():

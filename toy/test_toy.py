@@ -462,6 +462,24 @@ def test_a_failed_picture_leaves_everything_in_place(tiny, monkeypatch, lora):
     assert torch.equal(problem.policy(x, t, prompt), before) and problem.pipe.unet is unet
 
 
+@pytest.mark.parametrize("lora", ["0", "32"])  # more than the width of the tiny transformer
+def test_sd35_is_compared(tiny, tmp_path, lora):
+    """`compare` judges all weights of SD3.5, and adapters by the rank of their file; no image is
+    that of the reference."""
+    problem = problem_of(tiny, "sd35", "--lora", lora, "--lr", "1e-5")
+    for p in problem.policy.parameters():
+        if p.requires_grad:
+            p.data.add_(0.1)
+    problem.policy.save(tmp_path / problem.policy.folder)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    judge.main(["compare", "--model", str(tiny / "tiny-sd35"), "--resolution", "64",
+                "--policy", str(tmp_path / problem.policy.folder), "--images", "1", "--scorers",
+                str(tiny / "tiny-clip"), "--prompts", str(tmp_path / "prompts.txt"),
+                "--out", str(tmp_path / "out")])
+    images = [path.read_bytes() for path in (tmp_path / "out").rglob("comparison/*/*.png")]
+    assert len(images) == len(set(images)) == 4
+
+
 def test_lora_draws_what_its_file_draws_in_a_pipeline(tiny, tmp_path):
     """SDXL with pipe.load_lora_weights of the saved adapters draws the policy's image, without
     them the reference's."""
