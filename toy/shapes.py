@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion that can draw, pairs of its own drawings, and what a training changes.
 
-    python toy/shapes.py               # makes toy/tiny-shapes, once; twelve minutes on one core
+    python toy/shapes.py               # makes toy/tiny-shapes, once; a quarter of an hour
     python toy/shapes.py look RUN      # what a training has changed; RUN/look.png, RUN/look.json
     python toy/shapes.py study         # the papers' experiments on it, over three seeds
 

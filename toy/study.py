@@ -21,8 +21,11 @@ from statistics import median
 from unittest import mock
 
 import matplotlib
+import numpy
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -37,6 +40,7 @@ from matplotlib import pyplot as plt
 OUT, SEEDS, SHORT = HERE / "study", (0, 1, 2), "--steps 1000 --batch 16 --eval-every 0 "
 FULL = "--eval-every 3000 "
 LEVELS = (30, 40, 50, 60, 70, 80, 90, 99)  # noise levels of 0 .. 99
+NODES = 5  # of a quadrature, per axis; eps* is then right to 0.0003, with gamma 0.5 to 0.01
 DRAWS, BETAS, GAMMAS = (1, 2, 4, 8, 16, 32), (0.25, 0.5, 1, 2), (0, 0.1, 0.25, 0.5, 1)
 DRAWN = "--steps 1000 --eval-every 0 --gamma {} --draws {} --batch {}"
 ONE_DRAW = DRAWN.format(0, 1, 512)
@@ -78,6 +82,16 @@ class VelocityPolicy(dpo.ToyPolicy):
         reference = self.ring(x_t, t)
         a_t = self.ring.alphas_cumprod[t][:, None].sqrt()
         return reference + a_t * (super().denoise(x_t, t) - reference)
+
+
+class DeeperPolicy(dpo.ToyPolicy):
+    """A network of one more layer."""
+
+    def __init__(self, ring, seed):
+        super().__init__(ring, seed)
+        *body, last = self.net
+        width = last.in_features
+        self.net = nn.Sequential(*body, nn.Linear(width, width), nn.SiLU(), last)
 
 
 def build(cfg, change):
@@ -140,18 +154,20 @@ def log_ratios(toy, x, draws=64):
 
 
 def distill(toy, samples=40_000, steps=2000, batch=1024):
-    """A second stage: a new policy, by plain denoising of samples of the reference, each drawn as
-    often as it is likelier by the policy's own log-ratio."""
-    gen, T = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight)
+    """A second stage: a new and deeper policy, by plain denoising of samples of the reference, each
+    drawn as often as it is likelier by the policy's own log-ratio."""
+    gen, T, half = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight), batch // 2
     x = toy.ring.sample(samples, gen)
     share = log_ratios(toy, x).softmax(0)
-    toy.policy = dpo.ToyPolicy(toy.ring, toy.cfg.seed)
+    toy.policy = DeeperPolicy(toy.ring, toy.cfg.seed)
     optimizer = torch.optim.AdamW(toy.policy.parameters(), toy.cfg.lr, weight_decay=0.01)
     for step in range(steps):
         rate = min((step + 1) / 100, (steps - step) / steps)  # risen and falling, as in train()
         optimizer.param_groups[0]["lr"] = toy.cfg.lr * rate
-        x_0 = x[torch.multinomial(share, batch, replacement=True, generator=gen)]
-        t, eps = torch.randint(T, (batch,), generator=gen), torch.randn(batch, 2, generator=gen)
+        x_0 = x[torch.multinomial(share, half, replacement=True, generator=gen)].repeat(2, 1)
+        t = (torch.randint(T, (1,), generator=gen) + torch.arange(half) * T // half).repeat(2) % T
+        eps = torch.randn(half, 2, generator=gen)
+        eps = torch.cat([eps, -eps])  # as in draw_noise: less noise in the mean
         abar_t = toy.alphas_cumprod[t][:, None]
         x_t = abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
         optimizer.zero_grad()
@@ -159,23 +175,88 @@ def distill(toy, samples=40_000, steps=2000, batch=1024):
         optimizer.step()
 
 
+class Optimum:
+    """p* as a policy: its denoiser, by a quadrature. p* is p_ref exp(f) / Z with
+    f = (R - gamma log p_ref) / (beta + gamma). Given x_t, each mode of p_ref leaves a Gaussian for
+    x_0, over which exp(f) is summed by Gauss and Hermite's rule."""
+
+    def __init__(self, toy):
+        self.toy = toy
+        at, weight = map(torch.tensor, numpy.polynomial.hermite_e.hermegauss(NODES))
+        self.at = torch.cartesian_prod(at, at).float()  # (NODES^2, 2)
+        self.log_weight = torch.outer(weight, weight).flatten().log().float()  # (NODES^2,)
+
+    def denoise(self, x_t, t):
+        """E[eps | x_t] (N, 2) at x_t (N, 2)."""
+        parts = zip(x_t.split(5000), t.split(5000), strict=True)
+        return torch.cat([self.denoise_part(*part) for part in parts])
+
+    def denoise_part(self, x_t, t):
+        toy, cfg, ring = self.toy, self.toy.cfg, self.toy.ring
+        abar_t = toy.alphas_cumprod[t][:, None, None]  # (N, 1, 1)
+        a_t, s_t = dpo.signal_and_noise(abar_t, "epsilon")
+        std_t = ((a_t * ring.std) ** 2 + s_t**2).sqrt()  # of a mode, with noise
+        away = (x_t[:, None] - a_t * ring.means) / std_t  # (N, 8, 2)
+        mean = ring.means + a_t * ring.std**2 / std_t * away  # (N, 8, 2)
+        x_0 = mean[:, :, None] + (ring.std * s_t / std_t)[..., None] * self.at  # (N, 8, NODES^2, 2)
+        f = toy.reward(x_0.flatten(0, 2))  # (8 N NODES^2,)
+        if cfg.gamma:
+            f = f - cfg.gamma * ring.log_prob(x_0.flatten(0, 2))
+        log_share = f.view(x_0.shape[:-1]) / (cfg.beta + cfg.gamma) + self.log_weight
+        log_share = log_share - away.square().sum(2, True) / 2  # (N, 8, NODES^2)
+        share = log_share.flatten(1).softmax(1)[..., None]  # (N, 8 NODES^2, 1)
+        return (x_t - a_t[..., 0] * (share * x_0.flatten(1, 2)).sum(1)) / s_t[..., 0]
+
+
+def exact_denoiser(toy):
+    """The numbers of a policy that is p*: what is left is the solvers' and the histogram's."""
+    toy.policy = Optimum(toy)
+    return toy.measure()[0]
+
+
+def reward_model(toy):
+    """RLHF without diffusion: a reward learnt from the labels that the policy gets, in their order,
+    by Bradley-Terry, a network as wide (rate: the better of two), and samples of its p*."""
+    cfg, pairs, gen = toy.cfg, toy.pairs, dpo.generator(toy.cfg.seed, "reward model")
+    torch.manual_seed(cfg.seed)
+    first, second, last = nn.Linear(2, 128), nn.Linear(128, 128), nn.Linear(128, 1)
+    net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    for step, keys in enumerate(dpo.pair_keys(len(pairs), cfg, 0, 0, 1)):
+        rate = min((step + 1) / cfg.warmup, (cfg.steps - step) / cfg.steps)  # as in train()
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        rows = [row for _, row in keys]
+        losses = -F.logsigmoid(net(pairs.x_w[rows]) - net(pairs.x_l[rows]))
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        learnt, _ = dpo.toy_optimum(toy.ring, cfg.beta, cfg.gamma, lambda x: net(x)[:, 0])
+    p_star, _ = dpo.toy_optimum(toy.ring, cfg.beta, cfg.gamma)
+    drawn = torch.multinomial(learnt.flatten(), dpo.SAMPLES, replacement=True, generator=gen)
+    p_drawn = drawn.bincount(minlength=learnt.numel()).view_as(learnt) / dpo.SAMPLES
+    return {"tv_policy": dpo.total_variation(p_drawn, p_star)}
+
+
+LIMITS = {"exact denoiser": exact_denoiser, "reward model": reward_model}
+
+
 @torch.no_grad()
 def drift(toy, samples=500):
     """How far policy and reference are from the denoiser of p*, on samples of p*: of each noise
     level in LEVELS the mean T omega_t ||eps_hat - eps*||^2, and the part of the policy's that one
-    and the same vector makes. eps* is a sum over a grid."""
+    and the same vector makes."""
     cfg, gen = toy.cfg, dpo.generator("drift")
     axis = torch.linspace(-dpo.EXTENT, dpo.EXTENT, 121)
     grid = torch.cartesian_prod(axis, axis)  # (M, 2)
     log_p = (cfg.beta * toy.ring.log_prob(grid) + toy.reward(grid)) / (cfg.beta + cfg.gamma)
     chosen = torch.multinomial(log_p.softmax(0), samples, replacement=True, generator=gen)
     weight, eps = dpo.elbo_weight(toy.alphas_cumprod), torch.randn(samples, 2, generator=gen)
-    found = {"policy": [], "reference": [], "common": []}
+    found, optimum = {"policy": [], "reference": [], "common": []}, Optimum(toy)
     for level in LEVELS:
         a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
         x_t, t = a_t * grid[chosen] + s_t * eps, torch.full((samples,), level)
-        log_posterior = log_p - (x_t[:, None] - a_t * grid).square().sum(2) / (2 * s_t**2)
-        exact = (x_t - a_t * (log_posterior.softmax(1) @ grid)) / s_t  # (samples, 2)
+        exact = optimum.denoise(x_t, t)  # (samples, 2)
         off = {"policy": toy.policy.denoise(x_t, t) - exact, "reference": toy.ring(x_t, t) - exact}
         off["common"] = off["policy"].mean(0, keepdim=True)
         for name, vectors in off.items():
@@ -220,6 +301,8 @@ def run(job):
           contextlib.redirect_stdout(io.StringIO())):
         cfg = (on_policy if own else dpo).parse([*argv, "--out", f"{out}/run"])
         toy = on_policy.make_problem(cfg, None) if own else build(cfg, change)
+        if change in LIMITS:
+            return LIMITS[change](toy)
         if change == "Bradley-Terry":
             toy.score = by_chance(toy.score, dpo.generator(seed, "labels"))
         dpo.draw_picture = lambda toy, path, rows: curve.append(
@@ -282,9 +365,13 @@ def experiments():
                     "velocity": (FULL, "velocity"),
                     "one draw": (ONE_DRAW, None),
                     "distilled": (FULL, "distilled"),
+                    "anchor 0.05, distilled": (FULL + "--anchor 0.05", "distilled"),
                     "SEE-DPO, gamma 0.5": (FULL + "--gamma 0.5", None),
                     "SEE-DPO, gamma 0.5, anchor 0.05": (FULL + "--gamma 0.5 --anchor 0.05",
-                                                        None)},
+                                                        None),
+                    "SEE-DPO, gamma 0.5, anchor 0.05, distilled":
+                        (FULL + "--gamma 0.5 --anchor 0.05", "distilled")},
+        "i-limits": {change: (FULL, change) for change in LIMITS},
         "j-flow": {"epsilon": (FULL, None), "flow": (FULL + "--prediction flow", None)}}
 
 
@@ -525,6 +612,9 @@ def write(found):
                           ("i-drift", ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost",
                                        "correlation"))):
         print(name + "\n" + table(found[name], found[name], columns))
+    for change, columns in ("exact denoiser", ("tv_policy", "tv_policy_ode")), (
+            "reward model", ("tv_policy",)):
+        print("i-limits\n" + table(found["i-limits"], [change], columns))
     rings = {gamma: found["c-gamma"][gamma] for gamma in GAMMAS}
     print("c-gamma\n" + table(rings, rings, (*end, "entropy_optimum", "tv_floor")))
     print(table(found["c-gamma"], [("one mode", ratio) for ratio in RATIOS], ("std",)))

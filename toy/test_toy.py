@@ -1463,6 +1463,40 @@ def test_drift_and_judge_of_a_known_policy():
     assert study.as_a_judge(toy)["nats_lost"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("gamma", ["0", "0.5"])
+def test_the_denoiser_of_the_optimum(gamma):
+    """That of p*, summed over a grid; without a reward and at gamma 0 it is the reference."""
+    toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "40", "--gamma", gamma]))
+    x_t = torch.randn(40, 2, generator=dpo.generator("test"))
+    axis = torch.linspace(-6, 6, 301)
+    grid = torch.cartesian_prod(axis, axis)
+    log_p = (0.5 * toy.ring.log_prob(grid) + toy.reward(grid)) / (0.5 + float(gamma))
+    for level in 20, 50, 80:
+        t = torch.full((40,), level)
+        a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
+        log_posterior = log_p - (x_t[:, None] - a_t * grid).square().sum(2) / (2 * s_t**2)
+        by_grid = (x_t - a_t * (log_posterior.softmax(1) @ grid)) / s_t
+        tolerance = 0.02 if float(gamma) else 1e-3
+        assert (study.Optimum(toy).denoise(x_t, t) - by_grid).abs().max() < tolerance
+        assert (toy.ring(x_t, t) - by_grid).abs().max() > 5 * tolerance or level < 50
+    toy.reward, toy.cfg.gamma = lambda x: 0 * x[:, 0], 0.0
+    torch.testing.assert_close(study.Optimum(toy).denoise(x_t, t), toy.ring(x_t, t), rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_what_no_training_gets_below(brief):
+    """p* by its own denoiser is near p*, as near as a few samples can show; so is a reward model
+    on 8,000 labels, but not if every second one is turned round."""
+    flags = BRIEF.replace("200", "8000") + "--eval-every 0 --batch 32 --steps 250"
+    numbers = study.run((flags, "exact denoiser", 0))
+    assert max(numbers["tv_policy"], numbers["tv_policy_ode"]) < 0.35 < numbers["tv_reference"]
+    assert study.run((flags, "reward model", 0))["tv_policy"] < 0.2
+    toy = dpo.Toy(dpo.parse(["--toy", *flags.split()]))
+    turned = toy.pairs.x_w[::2].clone()
+    toy.pairs.x_w[::2], toy.pairs.x_l[::2] = toy.pairs.x_l[::2], turned
+    assert study.reward_model(toy)["tv_policy"] > 0.4
+
+
 def test_distilled_is_what_the_judge_says(monkeypatch):
     """Samples of the reference, weighted by a log-ratio and learnt by plain denoising: with that of
     p* the new policy comes nearer to p*, by an ODE, too."""
