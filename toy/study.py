@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 OUT, SEEDS, SHORT = HERE / "study", (0, 1, 2), "--steps 1000 --batch 16 --eval-every 0 "
 FULL = "--eval-every 3000 "
 LEVELS = (30, 40, 50, 60, 70, 80, 90, 99)  # noise levels of 0 .. 99
-NODES = 5  # of a quadrature, per axis; eps* is then right to 0.0003, with gamma 0.5 to 0.01
+NODES = 5  # of a quadrature, per axis: eps* is off by at most 0.0005, with gamma 0.5 by 0.01
 DRAWS, BETAS, GAMMAS = (1, 2, 4, 8, 16, 32), (0.25, 0.5, 1, 2), (0, 0.1, 0.25, 0.5, 1)
 DRAWN = "--steps 1000 --eval-every 0 --gamma {} --draws {} --batch {}"
 ONE_DRAW = DRAWN.format(0, 1, 512)
@@ -156,7 +156,7 @@ def log_ratios(toy, x, draws=64):
 def distill(toy, samples=40_000, steps=2000, batch=1024):
     """A second stage: a new and deeper policy, by plain denoising of samples of the reference, each
     drawn as often as it is likelier by the policy's own log-ratio."""
-    gen, T, half = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight), batch // 2
+    gen, T = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight)
     x = toy.ring.sample(samples, gen)
     share = log_ratios(toy, x).softmax(0)
     toy.policy = DeeperPolicy(toy.ring, toy.cfg.seed)
@@ -164,10 +164,9 @@ def distill(toy, samples=40_000, steps=2000, batch=1024):
     for step in range(steps):
         rate = min((step + 1) / 100, (steps - step) / steps)  # risen and falling, as in train()
         optimizer.param_groups[0]["lr"] = toy.cfg.lr * rate
-        x_0 = x[torch.multinomial(share, half, replacement=True, generator=gen)].repeat(2, 1)
-        t = (torch.randint(T, (1,), generator=gen) + torch.arange(half) * T // half).repeat(2) % T
-        eps = torch.randn(half, 2, generator=gen)
-        eps = torch.cat([eps, -eps])  # as in draw_noise: less noise in the mean
+        # Each with eps and -eps, as draw_noise has it: less noise in the mean.
+        x_0 = x[torch.multinomial(share, batch // 2, replacement=True, generator=gen)].repeat(2, 1)
+        t, eps = dpo.draw_noise(f"distill {toy.cfg.seed}", 0, step, batch, T, toy.shape)
         abar_t = toy.alphas_cumprod[t][:, None]
         x_t = abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
         optimizer.zero_grad()
@@ -188,14 +187,15 @@ class Optimum:
 
     def denoise(self, x_t, t):
         """E[eps | x_t] (N, 2) at x_t (N, 2)."""
-        parts = zip(x_t.split(5000), t.split(5000), strict=True)
-        return torch.cat([self.denoise_part(*part) for part in parts])
+        return torch.cat([*map(self.denoise_part, x_t.split(5000), t.split(5000))])
+
+    __call__ = denoise
 
     def denoise_part(self, x_t, t):
         toy, cfg, ring = self.toy, self.toy.cfg, self.toy.ring
         abar_t = toy.alphas_cumprod[t][:, None, None]  # (N, 1, 1)
         a_t, s_t = dpo.signal_and_noise(abar_t, "epsilon")
-        std_t = ((a_t * ring.std) ** 2 + s_t**2).sqrt()  # of a mode, with noise
+        std_t = ((a_t * ring.std) ** 2 + s_t**2).sqrt()  # (N, 1, 1), of a mode with noise
         away = (x_t[:, None] - a_t * ring.means) / std_t  # (N, 8, 2)
         mean = ring.means + a_t * ring.std**2 / std_t * away  # (N, 8, 2)
         x_0 = mean[:, :, None] + (ring.std * s_t / std_t)[..., None] * self.at  # (N, 8, NODES^2, 2)
@@ -209,19 +209,20 @@ class Optimum:
 
 
 def exact_denoiser(toy):
-    """The numbers of a policy that is p*: what is left is the solvers' and the histogram's."""
+    """The numbers of a policy that is p*: what is left is the measurements' own."""
     toy.policy = Optimum(toy)
-    return toy.measure()[0]
+    return toy.measure()[0] | as_a_judge(toy)
 
 
 def reward_model(toy):
     """RLHF without diffusion: a reward learnt from the labels that the policy gets, in their order,
-    by Bradley-Terry, a network as wide (rate: the better of two), and samples of its p*."""
+    by Bradley-Terry, and samples of its p*. A network as wide; the better of two rates by TV."""
     cfg, pairs, gen = toy.cfg, toy.pairs, dpo.generator(toy.cfg.seed, "reward model")
+    assert cfg.micro_batch == cfg.batch  # the keys of a step
     torch.manual_seed(cfg.seed)
     first, second, last = nn.Linear(2, 128), nn.Linear(128, 128), nn.Linear(128, 1)
     net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters())
     for step, keys in enumerate(dpo.pair_keys(len(pairs), cfg, 0, 0, 1)):
         rate = min((step + 1) / cfg.warmup, (cfg.steps - step) / cfg.steps)  # as in train()
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
@@ -238,7 +239,7 @@ def reward_model(toy):
     return {"tv_policy": dpo.total_variation(p_drawn, p_star)}
 
 
-LIMITS = {"exact denoiser": exact_denoiser, "reward model": reward_model}
+YARDSTICKS = {"exact denoiser": exact_denoiser, "reward model": reward_model}
 
 
 @torch.no_grad()
@@ -264,10 +265,10 @@ def drift(toy, samples=500):
     return found
 
 
-def as_a_judge(toy):
+def as_a_judge(toy, samples=10_000):
     """What the policy's log-ratio says of samples of the reference: how it goes with the reward,
     and minus the logarithm of the mean of p_theta / p_ref, 0 for a density, in nats."""
-    x = toy.ring.sample(10_000, dpo.generator("judge"))
+    x = toy.ring.sample(samples, dpo.generator("judge"))
     ratio, wanted = log_ratios(toy, x), toy.reward(x) / toy.cfg.beta
     return {"correlation": torch.corrcoef(torch.stack([ratio, wanted]))[0, 1].item(),
             "nats_lost": math.log(len(x)) - ratio.logsumexp(0).item()}
@@ -301,8 +302,8 @@ def run(job):
           contextlib.redirect_stdout(io.StringIO())):
         cfg = (on_policy if own else dpo).parse([*argv, "--out", f"{out}/run"])
         toy = on_policy.make_problem(cfg, None) if own else build(cfg, change)
-        if change in LIMITS:
-            return LIMITS[change](toy)
+        if change in YARDSTICKS:
+            return YARDSTICKS[change](toy)
         if change == "Bradley-Terry":
             toy.score = by_chance(toy.score, dpo.generator(seed, "labels"))
         dpo.draw_picture = lambda toy, path, rows: curve.append(
@@ -371,7 +372,7 @@ def experiments():
                                                         None),
                     "SEE-DPO, gamma 0.5, anchor 0.05, distilled":
                         (FULL + "--gamma 0.5 --anchor 0.05", "distilled")},
-        "i-limits": {change: (FULL, change) for change in LIMITS},
+        "i-yardsticks": {change: (FULL, change) for change in YARDSTICKS},
         "j-flow": {"epsilon": (FULL, None), "flow": (FULL + "--prediction flow", None)}}
 
 
@@ -598,6 +599,7 @@ def write(found):
     readme = found["readme"]
     dpo_sft, proxy = list(readme)[:3], list(readme)[3:]
     end = ("tv_policy", "reward_policy", "entropy_policy")
+    solvers = ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost", "correlation")
     print(table(readme, dpo_sft, ("tv_reference", "tv_policy", "tv_policy_ode", "tv_floor",
                                   "reward_policy", "reward_optimum", "entropy_policy",
                                   "entropy_optimum")))
@@ -609,12 +611,10 @@ def write(found):
                           ("b-beta", (*end, "reward_optimum", "entropy_optimum")),
                           ("f-weight", end), ("g-coverage", end), ("h-methods", end),
                           ("j-flow", (*end, "tv_policy_ode")),
-                          ("i-drift", ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost",
-                                       "correlation"))):
+                          ("i-drift", solvers)):
         print(name + "\n" + table(found[name], found[name], columns))
-    for change, columns in ("exact denoiser", ("tv_policy", "tv_policy_ode")), (
-            "reward model", ("tv_policy",)):
-        print("i-limits\n" + table(found["i-limits"], [change], columns))
+    for change, columns in ("exact denoiser", solvers), ("reward model", ("tv_policy",)):
+        print("i-yardsticks\n" + table(found["i-yardsticks"], [change], columns))
     rings = {gamma: found["c-gamma"][gamma] for gamma in GAMMAS}
     print("c-gamma\n" + table(rings, rings, (*end, "entropy_optimum", "tv_floor")))
     print(table(found["c-gamma"], [("one mode", ratio) for ratio in RATIOS], ("std",)))
