@@ -220,8 +220,8 @@ def reward_model(toy):
     cfg, pairs, gen = toy.cfg, toy.pairs, dpo.generator(toy.cfg.seed, "reward model")
     assert cfg.micro_batch == cfg.batch  # the keys of a step
     torch.manual_seed(cfg.seed)
-    first, second, last = nn.Linear(2, 128), nn.Linear(128, 128), nn.Linear(128, 1)
-    net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+    net = nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+                        nn.Linear(128, 1))
     optimizer = torch.optim.AdamW(net.parameters())
     for step, keys in enumerate(dpo.pair_keys(len(pairs), cfg, 0, 0, 1)):
         rate = min((step + 1) / cfg.warmup, (cfg.steps - step) / cfg.steps)  # as in train()
@@ -267,7 +267,8 @@ def drift(toy, samples=500):
 
 def as_a_judge(toy, samples=10_000):
     """What the policy's log-ratio says of samples of the reference: how it goes with the reward,
-    and minus the logarithm of the mean of p_theta / p_ref, 0 for a density, in nats."""
+    and minus the logarithm of the mean of p_theta / p_ref, in nats: 0 for a density, but for the
+    noise of the draws, which makes it -0.14 for p* itself."""
     x = toy.ring.sample(samples, dpo.generator("judge"))
     ratio, wanted = log_ratios(toy, x), toy.reward(x) / toy.cfg.beta
     return {"correlation": torch.corrcoef(torch.stack([ratio, wanted]))[0, 1].item(),

@@ -1501,11 +1501,13 @@ def test_yardsticks(brief, monkeypatch):
 
 def test_distilled_is_what_the_judge_says(monkeypatch):
     """Samples of the reference, weighted by a log-ratio and learnt by plain denoising: with that of
-    p* the new policy comes nearer to p*, by an ODE, too."""
+    p* the new policy, a layer deeper, comes nearer to p*, by an ODE, too."""
     toy = dpo.Toy(dpo.parse(["--toy", "--pairs", "40"]))
     monkeypatch.setattr(dpo, "SAMPLES", 4000)
     monkeypatch.setattr(study, "log_ratios", lambda toy, x: toy.reward(x) / toy.cfg.beta)
+    depth = len(toy.policy.net)
     study.distill(toy, samples=4000, steps=150, batch=256)
+    assert len(toy.policy.net) == depth + 2  # with its activation
     numbers = toy.measure()[0]
     assert max(numbers["tv_policy"], numbers["tv_policy_ode"]) < 0.5 * numbers["tv_reference"]
 
