@@ -1,55 +1,53 @@
 """What a run costs, known before anything is downloaded: its memory and its time.
 
-    python toy/cost.py memory                    # a table, computed; seconds, without a GPU
+    python toy/cost.py memory                    # a table, computed in seconds without a GPU
     python toy/cost.py memory --model sdxl --lora 16             # one line of it, for any flags
     python toy/cost.py time --model sdxl         # measured, on the machine that is to train
     torchrun --nproc_per_node 8 toy/cost.py time --model sdxl    # and on several GPUs
-    python toy/cost.py time                      # a table of small models; six minutes on two cores
+    python toy/cost.py time                      # a table of small models, in a few minutes
 
-The flags are diffusion_dpo.py's and --timed-steps; sd15, sdxl, sd35 get random weights. The tables
-are printed as Markdown and written to toy/cost_memory.json and toy/cost_time.json.
+The flags are those of diffusion_dpo.py and --timed-steps. The models sd15, sdxl and sd35 get random
+weights. The tables are printed as Markdown and written to toy/cost_memory.json and
+toy/cost_time.json.
 
-`memory` builds the models on fake tensors: shapes and types without contents. It counts weights,
-gradients, the states that the optimizer makes, and as activations what autograd keeps between
-forward and backward of one micro-batch in bf16, and autocast's bf16 copies of trained weights. Not
-counted: the CUDA context, the allocator's gaps, what the VAE needs while it encodes, and the block
-that checkpointing computes again. Loading needs less than training: parts are moved once cast.
+`memory` builds the models on fake tensors, which have shapes and types without contents. It counts
+the weights, their gradients and the states of the optimizer. As activations it counts what autograd
+keeps between forward and backward of one micro-batch in bf16, and autocast's copies of trained
+weights. It leaves out the CUDA context, the allocator's gaps, the VAE at work, and the block that
+checkpointing computes again. Loading needs less than training: parts are cast, and then moved.
 
-`time` takes steps as the script takes them, of at most 4 micro-batches, and writes OUT/time.json.
-Times are those of process 0; on a GPU those at which its stream passed the marks, so that nothing
-waits to be timed. The loss counts as backward, the exchange of gradients as rest. Memory is the
-peak within each part; on a CPU that of the process so far. Between the steps the floor is timed:
-forward and backward of the policy and forward of the reference for as many micro-batches that are
-in memory; to it comes the optimizer's time. (Workers read on meanwhile: a data wait shorter than
-the floor does not show.)
+`time` runs the training loop of diffusion_dpo.py with at most 4 micro-batches per step, and writes
+OUT/time.json. Times are those of process 0. On a GPU they are taken when its stream passes the
+marks, so nothing has to wait. The loss counts as backward. The exchange of gradients counts as
+rest. Memory is the peak within each part; on a CPU it is the peak of the process so far.
+
+The floor is timed between the steps: forward and backward of the policy and forward of the
+reference, for as many micro-batches, which are in memory already. The optimizer's time is added.
+Workers read on meanwhile, so a wait for data does not show if it is shorter than the floor.
 """
 
-import argparse
 import functools
 import io
 import itertools
 import os
+import random
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-import diffusers
-import pyarrow
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
-from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
@@ -57,39 +55,48 @@ import make_tiny
 
 import diffusion_dpo as dpo
 
-FLAGS = dpo.FLAGS | {
-    "data": (dpo.TEXT, dpo.NO, None, "hub id, parquet file, or folder [64 made-up pairs]"),
-    "evaluate": (dpo.TEXT, dpo.NO, "not here: training is what costs"),
-    "out": (dpo.TEXT, dpo.NO, "runs/cost", "folder for time.json"),
-    "timed-steps": (dpo.COUNT, dpo.NO, 10, "steps to time, after 2 that do not count")}
-WARM_UP = 2
+WARM_UP = 2  # steps that are not timed
 PARTS = ("data wait", "encode", "reference", "policy forward", "backward", "optimizer", "rest")
-
 MEMORY_ROWS = (
-    "--model sd15 --micro-batch 4", "--model sd15 --micro-batch 1 --checkpointing on",
-    "--model sd15 --micro-batch 1 --checkpointing on --lora 16", "--model sdxl --micro-batch 2",
-    "--model sdxl --micro-batch 1", "--model sdxl --micro-batch 1 --optimizer adamw",
-    "--model sdxl --micro-batch 1 --optimizer adamw --lora 16", "--model sd35 --micro-batch 2",
-    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0 --lr 1e-5")
+    "--model sd15 --micro-batch 4",
+    "--model sd15 --micro-batch 1 --checkpointing",
+    "--model sd15 --micro-batch 1 --checkpointing --lora 16",
+    "--model sdxl --micro-batch 2",
+    "--model sdxl --micro-batch 1",
+    "--model sdxl --micro-batch 1 --optimizer adamw",
+    "--model sdxl --micro-batch 1 --optimizer adamw --lora 16",
+    "--model sd35 --micro-batch 2",
+    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0 --lr 1e-5",
+)
+TIME_ROWS = (("medium", 128, ""), ("medium", 128, "--lora 8"), ("tiny", 64, ""))
 SMALL = make_tiny.TINY["sd15"]
-MEDIUM = SMALL | {  # of 6.8M parameters
+MEDIUM = SMALL | {  # 6.8M parameters
     "unet": SMALL["unet"] | {"block_out_channels": (80, 160), "layers_per_block": 2},
-    "vae": SMALL["vae"] | {"block_out_channels": (32, 64, 64, 64)}}
-TIME_ROWS = (  # size, pixels, flags
-    ("medium", 128, ""), ("medium", 128, "--cache"), ("medium", 128, "--cache --lora 8"),
-    ("tiny", 64, ""), ("tiny", 64, "--cache"), ("tiny", 64, "--cache --compile"))
+    "vae": SMALL["vae"] | {"block_out_channels": (32, 64, 64, 64)},
+}
+
+
+@dataclass
+class Config(dpo.Config):
+    """The flags of diffusion_dpo.py, and one more."""
+
+    data: str = None  # hub id, parquet or JSON file, or folder [64 made-up pairs]
+    out: str = "runs/cost"  # folder for time.json
+    timed_steps: int = 10  # steps to time, after 2 that do not count
 
 
 def parse(argv):
-    """dpo.parse with our flags. Raises Refusal."""
-    cfg = dpo.parse(argv, FLAGS)
-    if cfg.preset == "toy":
-        raise dpo.Refusal("--toy: costs a minute; it should be --model sd15 or another")
+    """dpo.parse with our flags. Raises UserError."""
+    if "--toy" in argv or "--evaluate" in argv:
+        raise dpo.UserError("--toy, --evaluate: it should be the training of a --model")
+    cfg = dpo.parse(argv, Config)
+    if cfg.timed_steps < 1:
+        raise dpo.UserError(f"--timed-steps {cfg.timed_steps}: it should be at least 1")
     return cfg
 
 
 def build_pipeline(cfg, device):
-    """The pipeline of --model: of the published ones the architecture, with random weights."""
+    """The pipeline of --model. A published one gets its architecture and random weights."""
     if cfg.model not in make_tiny.PUBLISHED:
         return dpo.load_pipeline(cfg.model)
     torch.manual_seed(cfg.seed)  # the same on every process
@@ -105,61 +112,67 @@ def size(tensors):
 
 def account(cfg):
     """{part: bytes on a GPU} of a run, computed without its weights."""
-    if cfg.compile:
-        raise dpo.Refusal("--compile: memory can be computed without it only")
-    problem = dpo.StableDiffusion(cfg, torch.device("meta"), build_pipeline(cfg, "meta"))
-    policy, parts = problem.policy, problem.pipe.components
+    task = dpo.StableDiffusion(cfg, torch.device("meta"), build_pipeline(cfg, "meta"))
+    policy = task.policy
     trained = [p for p in policy.parameters() if p.requires_grad]
-    frozen = policy if cfg.lora else problem.reference
-    helpers = nn.ModuleList(part for name, part in parts.items()
+    frozen_network = policy if cfg.lora else task.reference
+    frozen = [p for p in frozen_network.parameters() if not p.requires_grad]
+    helpers = nn.ModuleList(part for name, part in task.pipe.components.items()
                             if name == "vae" or name.startswith("text_encoder"))
+
     buffers = size(policy.buffers())  # SD3's positions; with adapters there is one network
-    found = {"policy": size(trained) + (0 if cfg.lora else buffers), "gradients": size(trained),
-             "reference": size(p for p in frozen.parameters() if not p.requires_grad) + buffers,
-             "VAE, text encoders": size(helpers.parameters())}
-    cond = problem.encode_prompts(2 * cfg.micro_batch * cfg.draws * ["a prompt"])
-    with FakeTensorMode():  # tensors that say they are on the CPU: autocast passes meta by
-        for module in policy.modules():
-            for name, p in [*module.named_parameters(recurse=False)]:
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                setattr(module, name, nn.Parameter(fake, p.requires_grad))
-            for name, buffer in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        policy.times = torch.empty(len(problem.weight))
-        cond = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in cond.items()}
-        found["activations"] = kept_by_autograd(policy, problem.shape, cond, cfg)
-        if cfg.checkpointing == "on" and cfg.precision == "bf16":  # else autograd has kept them
-            found["activations"] += sum(
-                2 * p.numel() for module in policy.modules() for p in module.parameters(False)
-                if p.requires_grad and isinstance(module, (nn.Linear, nn.Conv2d)))
-        optimizer = dpo.make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.empty_like(p)
-        optimizer.step()
-        found["optimizer"] = size(tensor for state in optimizer.state.values()
-                                  for tensor in state.values() if torch.is_tensor(tensor))
+    found = {
+        "policy": size(trained) + (0 if cfg.lora else buffers),
+        "gradients": size(trained),
+        "reference": size(frozen) + buffers,
+        "VAE, text encoders": size(helpers.parameters()),
+    }
+    cond = task.encode_prompts(2 * cfg.micro_batch * cfg.draws * ["a prompt"])
+
+    # Fake tensors say that they are on the CPU. Autocast would leave meta tensors as they are.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        policy.to_empty(device="cpu")
+        policy.times = torch.empty_like(policy.times, device="cpu")
+        cond = {name: torch.empty_like(each, device="cpu") for name, each in cond.items()}
+        activations = kept_by_autograd(policy, task.shape, cond, cfg)
+        if cfg.checkpointing and cfg.precision == "bf16":  # otherwise autograd has kept the copies
+            activations += sum(2 * p.numel() for module in policy.modules()
+                               if isinstance(module, (nn.Linear, nn.Conv2d))
+                               for p in module.parameters(False) if p.requires_grad)
+        found["activations"] = activations
+        found["optimizer"] = size_of_states(policy, cfg)
     return found
 
 
+def size_of_states(policy, cfg):
+    """Bytes of the optimizer's states, which a step makes."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = dpo.make_optimizer(parameters, cfg)
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return size(value for value in values if torch.is_tensor(value))
+
+
 def kept_by_autograd(policy, shape, cond, cfg):
-    """Bytes that a forward pass leaves for the backward pass, the policy's parameters not counted:
-    of storages, since several saved tensors may share one."""
+    """Bytes that a forward pass leaves for the backward pass, without the policy's parameters."""
     own = {p.untyped_storage()._cdata for p in policy.parameters()}
-    kept = {}  # the storages are held, or another one could come to lie in the same place
+    kept = {}  # holds the storages: otherwise another one could come to lie in the same place
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()  # several saved tensors may share one
         if storage._cdata not in own:
             kept[storage._cdata] = storage
         return tensor
 
+    def as_on_cuda(norm):  # there autocast computes these in fp32, on a CPU it does not
+        def in_fp32(x, *more, **options):
+            return norm(x.float(), *more, **options)
+        return mock.patch.object(F, norm.__name__, in_fp32)
+
     n = len(cond["prompt"])
     x_t, t = torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64)
-
-    def as_on_cuda(norm):  # there autocast has these in fp32, on a CPU it does not
-        return mock.patch.object(F, norm.__name__, lambda x, *more, **how: norm(
-            x.float(), *more, **how))
-
     with (as_on_cuda(F.group_norm), as_on_cuda(F.layer_norm),
           torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"),
           torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
@@ -180,13 +193,14 @@ def memory(flags):
 
 
 def print_table(rows):
-    """Rows of the same keys as Markdown; of a list the median and the range."""
+    """Rows of the same keys as Markdown. Of a list it shows the median and the range."""
     def cell(value):
         if isinstance(value, list):
             return f"{statistics.median(value):.3f} ({min(value):.3f}-{max(value):.3f})"
         return f"{value:.1f}" if isinstance(value, float) else value
 
-    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    print("\n| " + " | ".join(rows[0]) + " |")
+    print("|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(cell, row.values())) + " |")
 
@@ -194,29 +208,31 @@ def print_table(rows):
 # ----------------------------------------------------------------------------------------- time
 
 class Clock:
-    """When the parts of each step were over, and how much memory each needed."""
+    """When the parts of each step were over, and how much memory each of them needed."""
 
     def __init__(self, device):
-        self.gpu, self.marks = device.type == "cuda", []  # (part, when, bytes)
+        self.gpu = device.type == "cuda"
+        self.marks = []  # (part, when, bytes)
 
     def mark(self, part):
-        """Says that `part` is over, which began at the mark before."""
+        """Say that `part` is over. It began at the mark before."""
         if self.gpu:
-            when, peak = torch.cuda.Event(enable_timing=True), torch.cuda.max_memory_allocated()
+            when = torch.cuda.Event(enable_timing=True)
             when.record()
+            peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
+            when = time.perf_counter()
             unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            when = time.perf_counter()
         self.marks.append((part, when, peak))
 
     def around(self, part, function):
-        """`function`, with a mark before it and one after."""
+        """`function`, with a mark before it and one after it."""
         @functools.wraps(function)
-        def marked(*inputs, **more):
+        def marked(*inputs, **options):
             self.mark("rest")
-            out = function(*inputs, **more)
+            out = function(*inputs, **options)
             self.mark(part)
             return out
         return marked
@@ -236,7 +252,7 @@ class Clock:
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product: what this device can reach."""
+    """FLOP/s of a large matrix product, which is what this device can reach."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
@@ -244,123 +260,146 @@ def matmul_rate(device, dtype):
 
 
 def count_flops(policy, x_t, t, cond):
-    """FLOPs of a forward pass, counted without making it."""
-    times = None if policy.times is None else policy.times.to("meta")
+    """FLOPs of a forward pass, counted on meta tensors."""
+    network = policy.network
+    times = policy.times.to("meta")
+    cond = {name: value.float().to("meta") for name, value in cond.items()}
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        kind = type(policy.network)
-        bare = dpo.NetworkPolicy(kind.from_config(policy.network.config), times)
-        cond = {name: value.float().to("meta") for name, value in cond.items()}
+        bare = dpo.Denoiser(type(network).from_config(network.config), times)
         bare(x_t.to("meta"), t.to("meta"), **cond)
     return counter.get_total_flops()
 
 
-def make_pairs(path, size):
-    """Writes 64 pairs of JPEGs of blurred noise, `size` pixels high: to decode and to crop they are
-    nearly as much work as photographs, five times that of make_tiny's plain shapes."""
-    def jpeg(*key):
-        noise = 255 * torch.rand(32, 40, 3, generator=dpo.generator(*key))
-        image = Image.fromarray(noise.byte().numpy()).resize((size * 5 // 4, size))
-        image.save(file := io.BytesIO(), "JPEG")
+def make_pairs(path, height):
+    """Write 64 pairs of JPEGs of blurred noise, `height` pixels high.
+
+    They are nearly as much work to decode and to crop as photographs.
+    """
+    rng = random.Random(0)
+
+    def jpeg():
+        noise = Image.frombytes("RGB", (40, 32), rng.randbytes(3 * 40 * 32))
+        file = io.BytesIO()
+        noise.resize((height * 5 // 4, height)).save(file, "JPEG")
         return file.getvalue()
 
-    rows = [{"caption": f"prompt {row}", "label_0": 1.0, "jpg_0": jpeg(row, 0),
-             "jpg_1": jpeg(row, 1)} for row in range(64)]
+    rows = [{"caption": f"prompt {row}", "label_0": 1.0, "jpg_0": jpeg(), "jpg_1": jpeg()}
+            for row in range(64)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def inputs_in_memory(problem, cfg):
-    """What the networks take for one micro-batch: x_t (2BK, *shape), t (2BK,), cond."""
-    rows = [(0, row % len(problem.pairs)) for row in range(cfg.micro_batch)]
-    x_w, x_l, cond = problem.encode(default_collate([problem.pairs[row] for row in rows]))
-    x_t = torch.cat([x_w, x_l]).repeat_interleave(cfg.draws, 0)
-    t = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)
-    return x_t, t, {name: each.repeat_interleave(cfg.draws, 0) for name, each in cond.items()}
+def train_by_the_clock(task, clock):
+    """Run dpo.train with a mark after each part of a step, and with the floor after each step.
+
+    Returns the inputs of the policy's last forward, as a tuple and a dict.
+    """
+    cfg, policy, reference = task.cfg, task.policy, task.reference
+    make_optimizer, load_batches = dpo.make_optimizer, dpo.load_batches
+    last_inputs = []
+
+    def after_forward(module, inputs, cond, out):
+        if torch.is_grad_enabled():  # with adapters the reference is a forward of the policy too
+            clock.mark("policy forward")
+            last_inputs[:] = inputs, cond
+
+    def floor():
+        inputs, cond = last_inputs
+        for _ in range(cfg.batch // (cfg.micro_batch * dpo.rank_and_world()[1])):
+            with dpo.autocast(task):
+                with torch.no_grad():
+                    reference(*inputs, **cond)
+                out = policy.forward(*inputs, **cond)  # past the hook
+            out.float().square().mean().backward()  # the next step sets these gradients to 0
+
+    def timed_optimizer(*given):
+        optimizer = make_optimizer(*given)
+        step = clock.around("optimizer", optimizer.step)
+
+        def step_and_floor():
+            step()
+            floor()
+            clock.mark("floor")
+
+        optimizer.step = step_and_floor
+        return optimizer
+
+    def timed_batches(*given):
+        read = iter(load_batches(*given)).__next__
+        return iter(clock.around("data wait", read), None)  # an iterator that calls read
+
+    policy.register_forward_hook(after_forward, with_kwargs=True)
+    task.encode = clock.around("encode", task.encode)
+    task.reference = clock.around("reference", reference)
+    micro_step = clock.around("backward", dpo.dpo_step)  # what is left of it at its end
+
+    Path(cfg.out, task.folder).mkdir()  # the end of a run writes no weights where some may be
+    with mock.patch.multiple(dpo, make_optimizer=timed_optimizer, load_batches=timed_batches,
+                             save_checkpoint=mock.DEFAULT):  # and a stop writes no checkpoint
+        clock.mark("start")
+        dpo.train(task, cfg, micro_step)
+    return last_inputs
 
 
 def time_steps(cfg, device):
-    """Takes WARM_UP + cfg.timed_steps steps; nothing is saved. Returns the numbers of time.json.
-    Raises Refusal if --data has too many unreadable pairs, and Stop as train_step does."""
-    rank, world = dpo.rank_and_world()
+    """Take WARM_UP + cfg.timed_steps steps. Returns the numbers of time.json.
+
+    Raises UserError and SystemExit as dpo.train does.
+    """
+    _, world = dpo.rank_and_world()
     accumulation = min(4, cfg.batch // (cfg.micro_batch * world))
-    few = argparse.Namespace(**vars(cfg) | {
-        "batch": accumulation * cfg.micro_batch * world, "steps": WARM_UP + cfg.timed_steps})
     with tempfile.TemporaryDirectory() as folder:
+        few = replace(cfg, batch=accumulation * cfg.micro_batch * world, out=folder,
+                      steps=WARM_UP + cfg.timed_steps, save_every=0, eval_every=0, sample_every=0)
         if not cfg.data:
             few.data = f"{folder}/pairs.parquet"
             make_pairs(few.data, cfg.resolution)
-        if cfg.cache and cfg.model in make_tiny.PUBLISHED:
-            few.cache = f"{cfg.cache}/random"  # or a run would take these latents for its model's
-        problem = dpo.StableDiffusion(few, device, build_pipeline(cfg, device),
-                                      dpo.ImagePairs(few, cfg.split))
-    policy = problem.policy
-    optimizer = dpo.make_optimizer([p for p in policy.parameters() if p.requires_grad], cfg)
+        pairs = dpo.ImagePairs(few, cfg.split)
+        task = dpo.StableDiffusion(few, device, build_pipeline(cfg, device), pairs)
+        clock = Clock(device)
+        inputs, cond = train_by_the_clock(task, clock)
 
-    x_t, t, cond = inputs_in_memory(problem, cfg)
-    reference, clock = problem.reference, Clock(device)
-
-    def end_of_forward(*_):
-        if torch.is_grad_enabled():  # with adapters the reference is the policy, too
-            clock.mark("policy forward")
-
-    policy.register_forward_hook(end_of_forward)
-    problem.encode = clock.around("encode", problem.encode)
-    problem.reference = clock.around("reference", reference)
-    optimizer.step = clock.around("optimizer", optimizer.step)
-    micro_step = clock.around("backward", dpo.dpo_step)  # what is left of it at its end
-    read = dpo.load_batches(problem, few, 0).__next__
-    batches = iter(clock.around("data wait", read), None)  # an iterator that calls read
-
-    unreadable = 0
-    clock.mark("start")
-    for step in tqdm(range(few.steps), "steps", ncols=99, disable=rank > 0):
-        row = dpo.train_step(problem, optimizer, batches, few, step, micro_step)
-        unreadable += row["unreadable"]
-        clock.mark("rest")
-        for _ in range(accumulation):
-            with dpo.autocast(problem):
-                with torch.no_grad():
-                    reference(x_t, t, **cond)
-                out = policy.forward(x_t, t, **cond)  # past the hook
-            out.float().square().mean().backward()  # the next step begins with gradients of 0
-        clock.mark("floor")
-    if unreadable > max(1, few.steps * few.batch / 100):
-        raise dpo.Refusal(f"--data {cfg.data}: {unreadable} pairs, over 1 %, are unreadable")
-
-    # Forward 1, backward 2 (1 to the adapters), reference 1; what checkpointing repeats is no use.
-    flops = (3 if cfg.lora else 4) * count_flops(policy, x_t, t, cond) * accumulation
+    # Forward 1, backward 2 (1 to the adapters), reference 1. What checkpointing repeats is no use.
+    flops = (3 if cfg.lora else 4) * accumulation * count_flops(task.policy, *inputs, cond)
     rate = matmul_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
     return summary(cfg, few, *clock.read(), flops, rate)
 
 
 def summary(cfg, few, steps, peaks, flops, rate):
-    """time.json, from {part: seconds} of steps, {part: bytes}, the useful FLOPs of a step, and the
-    FLOP/s of a matrix product."""
+    """time.json, from [{part: seconds} of each step], {part: bytes}, the useful FLOPs of a step,
+    and the FLOP/s of a matrix product."""
     steps = steps[WARM_UP:]
     floors = [step.pop("floor") + step["optimizer"] for step in steps]
     ratios = [sum(step.values()) / floor for step, floor in zip(steps, floors, strict=True)]
     parts = {part: statistics.mean(step[part] for step in steps) for part in PARTS}
-    peaks = {part: peaks[part] for part in PARTS}
+    peaks = {part: peaks[part] / 2**30 for part in PARTS}
     whole = parts["all"] = sum(parts.values())
     peaks["all"] = max(peaks.values())
+
     # A step of the run has more micro-batches, and still one exchange of gradients and one update.
     once = parts["rest"] + parts["optimizer"]
-    step = cfg.batch / few.batch * (whole - once) + once
+    seconds_per_step = cfg.batch / few.batch * (whole - once) + once
     gpu = torch.cuda.is_available()
-    return {"ratio_to_floor": statistics.median(ratios),
-            "seconds_per_pair": whole / few.batch, "seconds_per_step": step,
-            "projected_hours": cfg.steps * step / 3600,
-            "tflops": flops / whole / 1e12, "matmul_tflops": rate / 1e12,
-            "share_of_matmul": flops / whole / rate,
-            "milliseconds_per_pair": {part: 1000 * parts[part] / few.batch for part in parts},
-            "share": {part: parts[part] / whole for part in parts},
-            "peak_memory_gib": {part: peaks[part] / 2**30 for part in peaks},
-            "device": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores",
-            "torch": torch.__version__, "world_size": dpo.rank_and_world()[1],
-            "timed_batch": few.batch, "config": vars(cfg)}
+    return {
+        "ratio_to_floor": statistics.median(ratios),
+        "seconds_per_pair": whole / few.batch,
+        "seconds_per_step": seconds_per_step,
+        "projected_hours": cfg.steps * seconds_per_step / 3600,
+        "tflops": flops / whole / 1e12,
+        "matmul_tflops": rate / 1e12,
+        "share_of_matmul": flops / whole / rate,
+        "milliseconds_per_pair": {part: 1000 * parts[part] / few.batch for part in parts},
+        "share": {part: parts[part] / whole for part in parts},
+        "peak_memory_gib": peaks,
+        "device": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores",
+        "torch": torch.__version__,
+        "world_size": dpo.rank_and_world()[1],
+        "timed_batch": few.batch,
+        "config": asdict(cfg),
+    }
 
 
 def report(cfg, found):
-    """Prints time.json."""
+    """Print time.json."""
     print(f"\n{'part of a step':18}{'ms per pair':>14}{'share':>10}{'peak memory (GiB)':>20}")
     for part, milliseconds in found["milliseconds_per_pair"].items():
         print(f"{part:18}{milliseconds:14.2f}{found['share'][part]:10.1%}"
@@ -375,9 +414,11 @@ def report(cfg, found):
 
 
 def time_table():
-    """The command `time` without flags: the median of three seeds, and their range. Times on a CPU
-    say nothing about a GPU; how far the loop is from its floor carries over, and gets closer to 1
-    the larger the model is."""
+    """The command `time` without flags: three seeds of small models.
+
+    Times on a CPU say nothing about a GPU. How far the loop is from its floor carries over, and it
+    gets closer to 1 the larger the model is.
+    """
     table, shown = [], ("ratio_to_floor", "share_of_matmul", "seconds_per_pair")
     with tempfile.TemporaryDirectory() as folder:
         for kind, sizes, pixels in ("medium", MEDIUM, 128), ("tiny", SMALL, 64):
@@ -385,12 +426,11 @@ def time_table():
             make_pairs(f"{folder}/{kind}.parquet", pixels)
         for kind, pixels, flags in TIME_ROWS:
             argv = (f"--model {folder}/{kind} --data {folder}/{kind}.parquet --resolution {pixels}"
-                    f" --micro-batch 2 --timed-steps 8 {flags}")
-            argv = argv.replace("--cache", f"--cache {folder}/cache").split()
+                    f" --micro-batch 2 --timed-steps 8 {flags}").split()
             runs = [time_steps(parse([*argv, "--seed", str(seed)]), torch.device("cpu"))
                     for seed in range(3)]
-            table.append({"UNet": kind, "flags": flags or "none"} | {
-                name: sorted(run[name] for run in runs) for name in shown})
+            numbers = {name: sorted(run[name] for run in runs) for name in shown}
+            table.append({"UNet": kind, "flags": flags or "none"} | numbers)
     print_table(table)
     dpo.write_json(ROOT / "toy" / "cost_time.json", table)
 
@@ -403,29 +443,25 @@ def measure(flags):
     device = dpo.start_processes(torch.cuda.is_available())
     try:
         found = time_steps(cfg, device)
-    except dpo.Stop as stop:
-        print(f"Nothing is timed. {stop.args[0].partition('. ')[0]}.")
-        sys.exit(stop.args[1])
+    except SystemExit:  # dpo.train says that its steps are saved
+        dpo.print_once("But this was only to be timed: nothing was timed, and nothing is saved.")
+        raise
     if dpo.rank_and_world()[0] == 0:
         report(cfg, found)
         dpo.write_json(Path(cfg.out, "time.json"), found)
 
 
 def main(argv=None):
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    with dpo.command():
-        command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-        if command in ("-h", "--help"):
-            print(__doc__)
-        elif command == "memory":
-            memory(flags)
-        elif command == "time":
-            measure(flags)
-        else:
-            raise dpo.Refusal(f"{command}: it should be memory or time; --help says more")
+    command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+    elif command == "memory":
+        memory(flags)
+    elif command == "time":
+        measure(flags)
+    else:
+        raise dpo.UserError(f"{command}: it should be memory or time; --help says more")
 
 
 if __name__ == "__main__":
-    main()
+    dpo.run_command(main)

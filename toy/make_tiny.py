@@ -1,11 +1,13 @@
 """Write Stable Diffusion folders and a preference set of toy size, in the real formats.
 
-The folders hold what the published SD1.5, SDXL and SD3.5 folders hold: the same classes, files,
-schedules and conventions, with random weights and few of them. The pairs have the columns of
-Pick-a-Pic v2. A script that trains on these trains on the real ones with only its paths changed,
-so every code path can be tried on a laptop. Nothing is downloaded.
+The folders hold what those of the published SD1.5, SDXL and SD3.5 hold: the same classes, files,
+schedules and conventions, with few and random weights. The pairs have the columns of Pick-a-Pic v2.
+A script that trains on these trains on the real ones when its paths are changed. So every code path
+can be tried on a laptop. Nothing is downloaded.
 
-    python toy/make_tiny.py [folder]    # tiny-{sd15,sdxl,sd35,clip}/, pairs.parquet; else in toy/
+    python toy/make_tiny.py [FOLDER]    # makes tiny-{sd15,sdxl,sd35,clip}/ and pairs.parquet
+
+Without FOLDER they go to toy/.
 """
 
 import argparse
@@ -16,14 +18,14 @@ import shutil
 from pathlib import Path
 
 import diffusers
-import pyarrow
 import pyarrow.parquet
 import torch
 import transformers
 from PIL import Image, ImageDraw
 from tokenizers.pre_tokenizers import ByteLevel
 
-# Configurations of the parts, where they differ from the libraries' defaults: first as published.
+# The configurations of the parts, where they differ from the libraries' defaults. These are the
+# published ones.
 VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 FULL_VAE = VAE | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
@@ -54,7 +56,7 @@ PUBLISHED = {
     "sd35": {"transformer": SD35_TRANSFORMER, "vae": FULL_VAE | SD3_VAE | {"sample_size": 1024},
              "encoders": [CLIP_L, CLIP_G], "t5": T5_XXL}}
 
-# And of toy size. Two encoders have widths of 24 and 32: swapping them cannot go unseen.
+# These are the tiny ones. Two text encoders have widths of 24 and 32, so that swapping them shows.
 TINY_VAE = VAE | {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8, "sample_size": 64}
 TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
              "norm_num_groups": 8}
@@ -92,20 +94,22 @@ SHAPES = ("circle", "square", "triangle")
 
 
 def make_tokenizers(n):
-    """The tokenizers of `n` text encoders: they know letters, no words. And the ids of the tokens
-    that begin and end a text."""
+    """The tokenizers of `n` text encoders, and the ids of the tokens that begin and end a text.
+
+    They know letters and no words.
+    """
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(tokens)}
-    pads = ("<|endoftext|>", "!")  # SDXL's second pads otherwise than the first
+    pads = ("<|endoftext|>", "!")  # SDXL's second one pads with another token than the first
     tokenizers = [transformers.CLIPTokenizer(ids, merges=[], model_max_length=77, pad_token=pad)
                   for pad in pads[:n]]
     return tokenizers, ids["<|startoftext|>"], ids["<|endoftext|>"]
 
 
 def make_t5_tokenizer():
-    """The tokenizer of SD3's third text encoder, which knows characters, too."""
+    """The tokenizer of SD3's third text encoder. It knows characters, too."""
     tokens = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *map(chr, range(33, 127))]
     return transformers.T5Tokenizer([(token, 0.0) for token in tokens], extra_ids=0,
                                     model_max_length=512)
@@ -113,8 +117,10 @@ def make_t5_tokenizer():
 
 def assemble(vae, encoders, unet=None, transformer=None, t5=None, device="cpu",
              prediction_type="epsilon"):
-    """A pipeline with random weights in fp32, from the configurations of its parts: of SD3's build
-    with a transformer (and T5, if there is one), else of SD1.5's with one CLIP and SDXL's with two.
+    """A pipeline with random weights in fp32, from the configurations of its parts.
+
+    With a transformer it is built like SD3, with or without T5. Otherwise it is built like SD1.5
+    with one text encoder, and like SDXL with two.
     """
     tokenizers, bos, eos = make_tokenizers(len(encoders))
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
@@ -149,11 +155,13 @@ def assemble(vae, encoders, unet=None, transformer=None, t5=None, device="cpu",
 
 
 def make_model(folder, kind, **other):
-    """Write a pipeline of `kind` "sd15", "sdxl" or "sd35" to `folder`: random weights, the same
-    ones every time, for 64 x 64 pixels; with `other` parts than those of TINY, or predictions. What
-    was in the folder goes if it is a pipeline, else: OSError."""
+    """Write a pipeline of `kind` "sd15", "sdxl" or "sd35" for images of 64 x 64 pixels to `folder`.
+
+    Its random weights are the same every time. `other` parts replace those of TINY. A pipeline that
+    was in the folder is replaced. Raises OSError if the folder holds something else.
+    """
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU: seed only that
+    with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU
         torch.default_generator.manual_seed(0)
         pipeline = assemble(**TINY[kind] | other)
     beside = folder.with_name(folder.name + ".new")
@@ -184,61 +192,69 @@ def make_scorer(folder):
         part.save_pretrained(folder)
 
 
-def draw_shape(rng, shape, colour, ground, size):
-    """The bytes of a JPEG; the place and size of the shape vary, and at times the frame does."""
+def shape_jpeg(rng, shape, colour, ground, size):
+    """A JPEG of a shape, as bytes. Its place and size vary, and at times the frame does."""
     width, height = rng.choice([(size, size)] * 3 + [(size * 5 // 4, size), (size, size * 9 // 8)])
     image = Image.new("RGB", (width, height), COLOURS[ground])
     x, y = (side / 2 + rng.uniform(-0.1, 0.1) * size for side in (width, height))
     r, pen = rng.uniform(0.2, 0.35) * size, ImageDraw.Draw(image)
     if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+        pen.ellipse((x - r, y - r, x + r, y + r), COLOURS[colour])
     else:
-        pen.regular_polygon((x, y, r), 4 if shape == "square" else 3, fill=COLOURS[colour])
-    image.save(file := io.BytesIO(), "JPEG", quality=90)
+        corners = {"square": 4, "triangle": 3}[shape]
+        pen.regular_polygon((x, y, r), corners, fill=COLOURS[colour])
+
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def make_pairs(path, n=64, size=96, seed=0, ties=0.125):
-    """Write a parquet file of `n` pairs to `path`, images of `size` pixels or a little more:
-    preferred is what the caption says, rejected is not; a tie, a share `ties` of them, is twice."""
-    rng, rows, path = random.Random(seed), [], Path(path)
+    """Write a parquet file of `n` pairs to `path`, with images of `size` pixels or a little more.
+
+    The preferred image shows what the caption says, and the rejected one does not. A share `ties`
+    of the pairs are ties, in which both images show it.
+    """
+    rng, path = random.Random(seed), Path(path)
     decided = n - round(ties * n)
     labels = [rng.choice((0.0, 1.0)) if i < decided else 0.5 for i in range(n)]
     rng.shuffle(labels)
-    for label in labels:  # three distinct colours: a wrong one can be told from the ground, too
-        (colour, other, ground), (shape, wrong) = rng.sample([*COLOURS], 3), rng.sample(SHAPES, 2)
-        right = (shape, colour, ground)
-        second = right if label == 0.5 else rng.choice(
-            [(shape, other, ground), (wrong, colour, ground)])
-        jpgs = [draw_shape(rng, *what, size) for what in (right, second)]
-        jpg_0, jpg_1 = reversed(jpgs) if label == 0.0 else jpgs
-        rows.append(dict(caption=f"a {colour} {shape} on a {ground} ground",
-                         jpg_0=jpg_0, jpg_1=jpg_1, label_0=label, label_1=1.0 - label))
+
+    rows = []
+    for label in labels:
+        # Three distinct colours, so that a wrong one can be told from the ground, too.
+        colour, other, ground = rng.sample([*COLOURS], 3)
+        shape, wrong = rng.sample(SHAPES, 2)
+        first = second = (shape, colour, ground)
+        if label != 0.5:
+            second = rng.choice([(shape, other, ground), (wrong, colour, ground)])
+        jpgs = [shape_jpeg(rng, *what, size) for what in (first, second)]
+        if label == 0.0:
+            jpgs.reverse()
+        rows.append({"caption": f"a {colour} {shape} on a {ground} ground", "jpg_0": jpgs[0],
+                     "jpg_1": jpgs[1], "label_0": label, "label_1": 1.0 - label})
     beside = path.with_name(path.name + ".new")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
     beside.replace(path)
 
 
-def main():
-    """Write all of it, say what it is and what to run next."""
+def main(argv=None):
+    """Write all of it, and say what to run next."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent, type=Path)
-    folder = Path(os.path.relpath(parser.parse_args().folder))
+    folder = Path(os.path.relpath(parser.parse_args(argv).folder))
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
     folder.mkdir(parents=True, exist_ok=True)
-    model, pairs = folder / "tiny-sdxl", folder / "pairs.parquet"
     for kind in TINY:
         make_model(folder / f"tiny-{kind}", kind)
     make_scorer(folder / "tiny-clip")
-    make_pairs(pairs)
-    for path in (*(folder / f"tiny-{kind}" for kind in (*TINY, "clip")), pairs):
-        size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-        print(f"wrote {path}  {size / 1e6:.1f} MB")
-    print(f"next: python diffusion_dpo.py --model {model} --data {pairs} \\\n"
-          "          --resolution 64 --batch 8 --micro-batch 4 --steps 5")
+    make_pairs(folder / "pairs.parquet")
+    print(f"wrote {folder}/tiny-sd15, tiny-sdxl, tiny-sd35, tiny-clip and pairs.parquet\n"
+          f"next: python diffusion_dpo.py --model {folder}/tiny-sdxl --data {folder}/pairs.parquet"
+          " \\\n          --resolution 64 --batch 8 --micro-batch 4 --steps 5")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import io
 import itertools
 import os
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -71,8 +70,8 @@ def drawings(n, seed):
     found = []
     for what in CLASSES:
         for _ in range(n):  # large first: scaled down, the edges are smooth
-            image = Image.open(io.BytesIO(make_tiny.draw_shape(rng, *what, 3 * SIDE)))
-            found.append(dpo.square(image, SIDE, 0.5, 0.5, False))
+            image = Image.open(io.BytesIO(make_tiny.shape_jpeg(rng, *what, 3 * SIDE)))
+            found.append(dpo.crop_square(image, SIDE, 0.5, 0.5, False))
     return torch.stack(found).unflatten(0, (len(CLASSES), n))
 
 
@@ -174,7 +173,7 @@ def draw(pipe, jobs, key):
     images = []
     for first in tqdm(range(0, len(jobs), 64), f"{'draw':8}", ncols=99, unit=" batches"):
         part = jobs[first:first + 64]
-        gens = [dpo.generator(key, *job) for job in part]
+        gens = [dpo.seeded_generator(key, *job) for job in part]
         noise = torch.stack([torch.randn(4, 8, 8, generator=gen) for gen in gens])
         out = pipe([prompt for prompt, _ in part], height=SIDE, width=SIDE, generator=gens,
                    latents=noise.to(pipe.device), output_type="pt", **SAMPLING).images
@@ -191,7 +190,7 @@ def png(image):
 def bradley_terry(reward_0, reward_1, seed):
     """Labels (P,) of pairs with rewards (P,): 1.0, the first is preferred, with probability
     sigmoid(reward_0 - reward_1), else 0.0."""
-    chance = torch.rand(len(reward_0), generator=dpo.generator(seed, "labels"))
+    chance = torch.rand(len(reward_0), generator=dpo.seeded_generator(seed, "labels"))
     return (chance < torch.sigmoid(reward_0 - reward_1)).float()
 
 
@@ -210,12 +209,12 @@ def build(out, seed, sizes):
     labels = bradley_terry(reward[::2], reward[1::2], seed)  # (P,)
     table = [{"caption": prompts[i], "jpg_0": {"bytes": png(samples[i])},
               "jpg_1": {"bytes": png(samples[i + 1])}} for i in range(0, len(samples), 2)]
-    with dpo.whole(out) as folder:
+    with dpo.atomic_write(out) as folder:
         pipe.save_pretrained(folder)
         train_clip(folder / "clip", images, sizes["clip_steps"])
         (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-        judge.write_pairs(table, ("caption", "jpg_0", "jpg_1"), labels.tolist(), None,
-                          folder / "pairs.parquet")
+        judge.write_pairs(table, ("caption", "jpg_0", "jpg_1"), dict(enumerate(labels.tolist())),
+                          None, folder / "pairs.parquet")
     right = (reward[::2] > reward[1::2]) == labels.bool()  # (P,)
     return {"match": match.mean().item(), "reward": reward.mean().item(),
             "accuracy_of_true_reward": right.float().mean().item()}
@@ -227,19 +226,19 @@ def look(args):
     """Reference and policy draw the same prompts from the same noise; the true reward judges."""
     folder = Path(args.run_folder)
     if not (folder / "config.json").exists():
-        raise dpo.Refusal(f"{folder}: not the folder of a run")
+        raise dpo.UserError(f"{folder}: not the folder of a run")
     more = dict.fromkeys(("model", "resolution", "precision", "micro_batch"))  # the run's own
     cfg = judge.settings(argparse.Namespace(policy=folder, **more))
     device = dpo.start_processes(torch.cuda.is_available())
-    problem = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
-    if (cfg.resolution, *problem.shape) != (SIDE, 4, 8, 8):
-        raise dpo.Refusal(f"{folder}: of {cfg.model}; it should be a run of toy/tiny-shapes")
-    dpo.load_policy(problem.policy, folder)
+    task = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
+    if (cfg.resolution, *task.shape) != (SIDE, 4, 8, 8):
+        raise dpo.UserError(f"{folder}: of {cfg.model}; it should be a run of toy/tiny-shapes")
+    dpo.load_weights(task, folder)
     jobs = [(caption, number) for number in range(args.images) for caption in CAPTIONS]
     images, found, true_reward = {}, {}, TrueReward()
     for side in judge.SIDES:
-        with figure.network_of(problem, side):
-            images[side] = draw(problem.pipe, jobs, "look")
+        with figure.network_of(task, side):
+            images[side] = draw(task.pipe, jobs, "look")
         found[side] = true_reward(images[side], [prompt for prompt, _ in jobs])  # (N,), (N,)
     numbers = {"images": len(jobs)}
     print(f"\n{'':12}{'reference':>12}{'policy':>12}{'difference':>14}{'(standard error)':>18}")
@@ -271,7 +270,7 @@ def draw_before_and_after(images, captions, path):
             if column == 0:
                 ax.set_ylabel(side)
         rows[2 * block, column].set_title(caption[2:].replace(" on a ", "\non "), fontsize=7)
-    with dpo.whole(path) as partial:
+    with dpo.atomic_write(path) as partial:
         sheet.savefig(partial, dpi=80, format="png")
     plt.close(sheet)
 
@@ -293,46 +292,45 @@ def make(args):
     """Makes the folder, unless it is there, and says what to run next."""
     out = Path(args.out)
     if not out.exists():
-        for torn in out.parent.glob(f".{out.name}.*.partial"):
-            shutil.rmtree(torn)  # of a call that was killed while it wrote
         numbers = build(out, args.seed, SIZES)
         print("".join(f"\n    {name:26}{value:.3f}" for name, value in numbers.items()))
     elif not (out / "pairs.parquet").exists():
-        raise dpo.Refusal(f"--out {out}: exists; name a new folder")
+        raise dpo.UserError(f"--out {out}: exists; name a new folder")
     else:
         print(f"{out} is there already; to make it anew, remove it")
     print(NEXT.format(out=out, held_out=HELD_OUT))
 
 
 def parse(argv=None):
-    """The command line as a namespace. Raises Refusal."""
+    """The command line as a namespace. Raises UserError."""
     parser = judge.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.set_defaults(run=make)
     default = os.path.relpath(HERE / "tiny-shapes")
     parser.add_argument("--out", default=default, help=f"folder to make [{default}]")
-    parser.add_argument("--seed", default=0, help="of drawings, weights and labels [0]", **dpo.SIZE)
+    parser.add_argument("--seed", type=judge.at_least(0, int), default=0,
+                        help="of drawings, weights and labels [0]")
     commands = parser.add_subparsers(metavar="{look,study}")
     one = commands.add_parser("look", help="reference and policy of a run, compared")
     one.set_defaults(run=look)
     one.add_argument("run_folder", metavar="RUN", help="folder of a run of diffusion_dpo.py")
-    one.add_argument("--images", default=10, help="images per caption [10]", **dpo.COUNT)
+    one.add_argument("--images", type=judge.at_least(1, int), default=10,
+                     help="images per caption [10]")
     two = commands.add_parser("study", help="the papers' experiments in miniature")
     two.set_defaults(run=study)
     two.add_argument("--work", default="runs/shapes-study", help="folder [runs/shapes-study]")
     args = parser.parse_args(argv)
     if args.run is not make and (args.out, args.seed) != (default, 0):
-        raise dpo.Refusal("--out and --seed: they go with neither look nor study")
+        raise dpo.UserError("--out and --seed: they go with neither look nor study")
     return args
 
 
 def main(argv=None):
-    with dpo.command():
-        for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
-        args = parse(argv)
-        args.run(args)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    args = parse(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    dpo.run_command(main)

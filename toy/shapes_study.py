@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
@@ -26,7 +27,6 @@ from unittest import mock
 
 import diffusers
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -36,7 +36,6 @@ import on_policy
 
 import diffusion_dpo as dpo
 from toy import figure, judge, shapes
-from toy.study import spread
 
 OUT, SEEDS = HERE / "study", (0, 1, 2)
 IMAGES = 10  # per caption
@@ -86,7 +85,7 @@ the_judge = functools.cache(shapes.TrueReward)  # made once in a process
 
 def by_true_reward(images, prompts):
     """The true reward as a scorer of toy/on_policy.py: of PIL images and their prompts."""
-    pixels = [dpo.square(image, shapes.SIDE, 0.5, 0.5, False) for image in images]
+    pixels = [dpo.crop_square(image, shapes.SIDE, 0.5, 0.5, False) for image in images]
     return the_judge()(torch.stack(pixels), prompts)
 
 
@@ -107,15 +106,15 @@ def make_base(work, seed):
     captions, P = pairs[columns[0]][:], len(pairs)
 
     def write(name, rows, labels):
-        with dpo.whole(base / f"pairs-{name}.parquet") as path:
-            judge.write_pairs(rows, columns, labels, None, path)
+        with dpo.atomic_write(base / f"pairs-{name}.parquet") as path:
+            judge.write_pairs(rows, columns, dict(enumerate(labels)), None, path)
 
     images = [[dpo.read_image(row[side], None) for row in pairs] for side in columns[1:]]
     true_0, true_1 = (by_true_reward(side, captions)[0] for side in images)  # (P,) each
     score = judge.load_scorer(str(base / "clip"), "cpu")
     clip_0, clip_1 = (torch.cat([score(side[at:at + 64], captions[at:at + 64])[0]
                                  for at in range(0, P, 64)]) for side in images)
-    gen = dpo.generator(seed, "chance")
+    gen = dpo.seeded_generator(seed, "chance")
     write("true", pairs, labels)
     write("clip", pairs, (clip_0 > clip_1).double().tolist())
     write("chance", pairs, torch.randint(2, (P,), generator=gen).double().tolist())
@@ -133,58 +132,58 @@ def make_base(work, seed):
 
 # -------------------------------------------------------------------------------------- the runs
 
-def make_problem(flags, labels, base, seed, out):
-    """A problem with its pairs, the held-out ones by the true reward, its configuration, and how it
+def make_task(flags, labels, base, seed, out):
+    """A task with its pairs, the held-out ones by the true reward, its configuration, and how it
     takes a step."""
     argv = ["--sample-every", "0", "--save-every", "100000", "--precision", "fp32", "--workers",
             "0", "--model", str(base), "--resolution", str(shapes.SIDE), "--seed", str(seed),
             "--out", str(out), *flags.format(base=base).split()]
     if labels is None:
         cfg, step = on_policy.parse(argv), on_policy.on_policy_step
-        problem = on_policy.make_problem(cfg, torch.device("cpu"), by_true_reward)
+        task = on_policy.make_task(cfg, torch.device("cpu"), by_true_reward)
     else:
-        argv += ["--data", str(base / f"pairs-{labels}.parquet"), "--cache",
-                 str(out.parent / "cache")]
+        argv += ["--data", str(base / f"pairs-{labels}.parquet")]
         if labels != "shape" and "--split" not in argv:
             argv += ["--split", f"train[:-{shapes.HELD_OUT}]"]
         cfg, step = dpo.parse(argv), dpo.dpo_step
-        problem = dpo.make_problem(cfg, torch.device("cpu"))
+        task = dpo.make_task(cfg, torch.device("cpu"))
     if labels == "shape":
-        problem.weight = dpo.elbo_weight(problem.alphas_cumprod)  # then beta is in nats
+        task.weight = dpo.elbo_weight(task.alphas_cumprod)  # then beta is in nats
     of_true_reward = Namespace(data=str(base / "pairs.parquet"), resolution=shapes.SIDE, seed=seed,
                                caption_dropout=0)
-    problem.held_out = dpo.ImagePairs(of_true_reward, f"train[-{shapes.HELD_OUT}:]")
-    return problem, cfg, step
+    task.held_out = dpo.ImagePairs(of_true_reward, f"train[-{shapes.HELD_OUT}:]")
+    return task, cfg, step
 
 
 def jobs(images):
     return [(caption, number) for caption in shapes.CAPTIONS for number in range(images)]
 
 
-def drawn(problem, side, wanted, key="look"):
+def drawn(task, side, wanted, key="look"):
     """What "reference" or "policy" draws: (N, 3, 32, 32), uint8, for N jobs."""
-    with figure.network_of(problem, side):
-        return shapes.draw(problem.pipe, wanted, key)
+    with figure.network_of(task, side):
+        return shapes.draw(task.pipe, wanted, key)
 
 
-def judged(problem, side, score):
+def judged(task, side, score):
     """Of what a side draws for N jobs: the true rewards, whether they match, the tiny CLIP's
     scores, (N,) each, and its embeddings (N, D)."""
-    prompts, images = [prompt for prompt, _ in jobs(IMAGES)], drawn(problem, side, jobs(IMAGES))
+    prompts, images = [prompt for prompt, _ in jobs(IMAGES)], drawn(task, side, jobs(IMAGES))
     reward, match = the_judge()(images, prompts)
     clip, embeds = score([*images], prompts)
     return {"reward": reward, "match": match, "clip": clip, "embeds": embeds}
 
 
-def compare(problem, score, work, seed):
+def compare(task, score, work, seed):
     """Numbers of the policy beside the reference. What the reference draws is the same in all runs
     of a seed, and kept in `work`."""
-    kept = work / f"reference-{type(problem.pipe.scheduler).__name__}-{seed}.safetensors"
+    kept = work / f"reference-{type(task.pipe.scheduler).__name__}-{seed}.safetensors"
     if not kept.exists():
-        found = judged(problem, "reference", score)
-        with dpo.whole(kept) as path:
-            save_file(found, path)
-    sides = {"reference": load_file(kept), "policy": judged(problem, "policy", score)}
+        found = judged(task, "reference", score)
+        partial = kept.with_suffix(f".{os.getpid()}")  # runs of a seed may write it at once
+        save_file(found, partial)
+        partial.replace(kept)
+    sides = {"reference": load_file(kept), "policy": judged(task, "policy", score)}
     numbers = {f"{name}_{side}": found[name].mean().item() for side, found in sides.items()
                for name in ("reward", "match", "clip")}
     reward, embeds = (torch.stack([found[name] for found in sides.values()], 1)
@@ -197,23 +196,23 @@ def compare(problem, score, work, seed):
         "diversity_policy": found["diversity"]["mean_policy"]}
 
 
-def by_solver(problem, score, work, seed):
+def by_solver(task, score, work, seed):
     """compare() by other solvers of 25 steps, for the same weights."""
-    own, found = problem.pipe.scheduler, {}
+    own, found = task.pipe.scheduler, {}
     for name, (kind, options) in SOLVERS.items():
-        problem.pipe.scheduler = kind.from_config(own.config, **options)
-        found[name] = compare(problem, score, work, seed)
-    problem.pipe.scheduler = own
+        task.pipe.scheduler = kind.from_config(own.config, **options)
+        found[name] = compare(task, score, work, seed)
+    task.pipe.scheduler = own
     return found
 
 
-def shares(problem):
+def shares(task):
     """Of each shape the share in what reference and policy draw without a prompt, and in p*; and
     the total variation (TV) of reference and policy to p*."""
     reward = torch.tensor([*SHAPE_REWARD.values()])
-    p = {side: shape_of(drawn(problem, side, [("", i) for i in range(UNPROMPTED)], "shares"))
+    p = {side: shape_of(drawn(task, side, [("", i) for i in range(UNPROMPTED)], "shares"))
          .bincount(minlength=len(reward)) / UNPROMPTED for side in judge.SIDES}
-    p["optimum"] = p["reference"] * torch.exp(reward / problem.cfg.beta)
+    p["optimum"] = p["reference"] * torch.exp(reward / task.cfg.beta)
     p["optimum"] /= p["optimum"].sum()
     numbers = {f"tv_{side}": (p[side] - p["optimum"]).abs().sum().item() / 2
                for side in judge.SIDES}
@@ -236,28 +235,30 @@ def run(work, flags, labels, seed):
     if result.exists():
         return
     base, out = work / f"base-{seed}", result.with_suffix("")
-    problem, cfg, step = make_problem(flags, labels, base, seed, out)
+    task, cfg, step = make_task(flags, labels, base, seed, out)
     score = judge.load_scorer(str(base / "clip"), "cpu")
 
-    def compare_instead(problem, path, rows):
+    def compare_instead(task, path, rows):
         dpo.write_json(path.with_suffix(".json"),
-                       {"step": int(path.stem[-8:])} | compare(problem, score, work, seed))
+                       {"step": int(path.stem[-8:])} | compare(task, score, work, seed))
 
-    with mock.patch.object(dpo, "draw_picture", compare_instead):
-        dpo.train(problem, cfg, step)
+    with mock.patch.object(dpo, "save_picture", compare_instead):
+        dpo.train(task, cfg, step)
     if labels == "shape":  # it was trained without prompts: the rest would mean nothing
-        return dpo.write_json(result, shares(problem))
-    numbers = compare(problem, score, work, seed)
-    held_out = dpo.evaluate(problem, Namespace(**vars(cfg) | {"draws": 1, "evaluate": None,
-                                                             "micro_batch": 32}))
-    numbers |= {f"held_out_{name}": value for name, value in held_out.items()}
+        return dpo.write_json(result, shares(task))
+    numbers = compare(task, score, work, seed)
+    held_out = dpo.evaluate(task)
+    numbers["held_out_accuracy"] = held_out["reward_accuracy"]
+    for side in "wl":
+        rise = held_out[f"err_policy_{side}"] - held_out[f"err_ref_{side}"]
+        numbers[f"held_out_rise_{side}"] = rise
     if curve := sorted(out.glob("samples/*.json")):
         numbers["curve"] = [read(file) for file in curve]
     if (flags, labels) == experiments()["a-methods"]["DPO"]:
-        numbers["solvers"] = by_solver(problem, score, work, seed)
+        numbers["solvers"] = by_solver(task, score, work, seed)
         # Each colour and shape once, the grounds in turn.
         shown = [job for i, job in enumerate(jobs(1)) if i % 3 == i // 3 % 3]
-        images = {side: drawn(problem, side, shown) for side in judge.SIDES}
+        images = {side: drawn(task, side, shown) for side in judge.SIDES}
         captions = [caption for caption, _ in shown]
         shapes.draw_before_and_after(images, captions, work / f"sheet-{seed}.png")
     dpo.write_json(result, numbers)
@@ -265,21 +266,23 @@ def run(work, flags, labels, seed):
 
 def quietly(function, work, *inputs):
     """Calls function(work, *inputs) in a process of its own, on one core. If it ends in an error,
-    what it has printed is in `work`. Raises Refusal."""
+    what it has printed is in `work`. Raises UserError."""
     torch.set_num_threads(1)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
             function(work, *inputs)
     except BaseException as error:
         (work / "error.txt").write_text(f"{said.getvalue()}\n{inputs}: {error!r}\n")
-        raise dpo.Refusal(f"{inputs}: see {work}/error.txt") from error
+        raise dpo.UserError(f"{inputs}: see {work}/error.txt") from error
 
 
 # ---------------------------------------------------------------------------- tables and figures
+
+def spread(runs, name):
+    values = [numbers[name] for numbers in runs]
+    return statistics.median(values), min(values), max(values)
+
 
 def cell(runs, name):
     middle, low, high = spread(runs, name)
@@ -372,17 +375,17 @@ def draw(found):
 # ------------------------------------------------------------------------------------------ all
 
 def check_work(work):
-    """Raises Refusal if `work` is of a study with other settings, which no file's name tells."""
+    """Raises UserError if `work` is of a study with other settings, which no file's name tells."""
     here = {"images": IMAGES, "unprompted": UNPROMPTED, "shape_reward": SHAPE_REWARD,
             "held_out": shapes.HELD_OUT, "sampling": shapes.SAMPLING, "sizes": shapes.SIZES}
     file = work / "settings.json"
     if file.exists() and read(file) != here:
-        raise dpo.Refusal(f"--work {work}: holds a study with other settings; name a new folder")
+        raise dpo.UserError(f"--work {work}: holds a study with other settings; name a new folder")
     dpo.write_json(file, here)
 
 
 def study(work):
-    """Bases, then all runs, several at once; then tables and figures. Raises Refusal."""
+    """Bases, then all runs, several at once; then tables and figures. Raises UserError."""
     check_work(work)
     plan = experiments()
     trainings = list(dict.fromkeys(job for settings in plan.values() for job in settings.values()))
