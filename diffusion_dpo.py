@@ -1,7 +1,7 @@
 """Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SD3.5.
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
-    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings
+    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # close to the paper's run
 
 Diffusion-DPO (Wallace et al., CVPR 2024, arXiv:2311.12908) fine-tunes a diffusion model on pairs of
 images. Both images of a pair were made for the same prompt c; people preferred x_w and rejected
@@ -23,7 +23,7 @@ Five steps lead there.
         p* = argmax_p  E_p[R] - beta KL(p || p_ref) + gamma H(p)
            = p_ref^(beta / (beta + gamma)) exp(R / (beta + gamma)) / Z(c)
     (set the derivative to 0). H is the entropy. DPO has gamma = 0. SEE-DPO (Shekhar et al., TMLR
-    2025, arXiv:2411.04712) has gamma > 0 against overfitting, which flattens p_ref.
+    2025, arXiv:2411.04712) has gamma > 0, which flattens p_ref, as a remedy against overfitting.
  3. DPO reads this equation backwards. Every policy p_theta is the best one for the reward
         R = (beta + gamma) log p_theta - beta log p_ref + const(c),
     which is called its implicit reward. So the policy itself can be fitted to the labels, with this
@@ -44,7 +44,7 @@ Five steps lead there.
     T omega_t        weight[t]                (T,)
     e_w, r_w, ...    err_w, ref_err_w, ...    (B,)          weighted errors
 
-Comments on the "released code", Salesforce's for the paper, say what follows it and what differs.
+In comments, the "released code" is the one that the paper's authors published (Salesforce's).
 """
 
 import argparse
@@ -78,7 +78,7 @@ from tqdm import tqdm
 
 # diffusers, transformers, peft and datasets are imported where they are used: the toy starts fast.
 PRECISION = "bf16" if torch.cuda.is_available() else "fp32"
-WEIGHTS, LORA_WEIGHTS = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
+WEIGHTS_FILE, LORA_FILE = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 class UserError(Exception):
@@ -106,7 +106,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
     with beta as its tau, would be: losses = (gain_w - gain_l - 1 / (2 * beta)) ** 2.
     Return the logits as well, because the metrics are made from them.
     """
-    # Subtract these first: policy and reference nearly cancel, and for images beta is 2000 or more.
+    # Subtract these first: policy and reference nearly cancel, and beta can be in the thousands.
     gain_w = ref_err_w - err_w  # (B,)  estimates log p_theta(x_w) - log p_ref(x_w)
     gain_l = ref_err_l - err_l  # (B,)
     logit = beta * (gain_w - gain_l) - gamma * (err_w - err_l)
@@ -123,14 +123,14 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 #   alphas_cumprod, weight   (T,) each; and shape, that of one x_0
 #   pairs, held_out          pairs by (epoch, row), since their crop, flip and noise depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
-#   cfg, folder, read_from, save(folder), load(folder)    for part 5, which writes checkpoints
+#   cfg, subfolder, sources, save(folder), load(folder)   for part 5, which writes checkpoints
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,). With this weight, the error of one draw estimates minus the ELBO, in nats.
 
     The ELBO is a sum of KLs between Gaussians (DDPM, arXiv:2006.11239, Eq. 5, 8 and 12). With the
     posterior's variance each is omega_t ||eps - eps_hat||^2, omega_t = (SNR_{t-1} / SNR_t - 1) / 2.
-    At t = 0 is a decoder, with a variance of our choice: one that makes omega_0 = omega_1.
+    The term of t = 0 is a decoder. We choose its variance such that omega_0 = omega_1.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)  # (T,)
     omega = (snr[:-1] / snr[1:] - 1) / 2  # (T - 1,)
@@ -167,8 +167,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     # Both images and all draws are one batch. The images of a pair share t and eps, as in the
     # released code (Eq. 14 has an eps for each). This takes noise out of the logit: in the toy its
     # standard deviation over draws is 1.32 like this, 2.44 if only t is shared, and 4.11 if nothing
-    # is. The gamma term needs it, too. It has no reference in it, so what t adds to an error
-    # cancels there only if both images share t.
+    # is. The gamma term needs it, too: it has no reference to cancel what t adds to an error, but
+    # with a shared t the two images cancel it.
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape)
     cond = {name: value.repeat_interleave(K, 0) for name, value in cond.items()}  # (2BK, ...)
@@ -185,8 +185,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     target = targets[task.prediction]
 
     def errors(network):
-        output = network(x_t, t, **cond).float()  # squares in bf16 would move a logit by up to 0.6
-        squared = (output - target).square().flatten(1).sum(1)  # (2BK,)
+        output = network(x_t, t, **cond)  # (2BK, *shape), perhaps in bf16, while target is fp32
+        squared = (output - target).square().flatten(1).sum(1)  # (2BK,) fp32: bf16 would add 0.6
         return (task.weight[t] * squared).view(2, B, K).mean(2)  # the mean over draws: (2, B)
 
     with torch.no_grad():  # the reference goes first, while no activations are held
@@ -285,10 +285,10 @@ class ToyPairs:
 
 
 class Toy:
-    """The toy as a task, with T = 100 noise levels, linear in log SNR, unless `ring` has others."""
+    """The toy as a task, with T = 100 levels, linear in log SNR. toy/study.py has other rings."""
 
-    folder = "policy"  # the folder in --out that holds the weights
-    prediction, shape, read_from = "epsilon", (2,), None
+    subfolder = "policy"  # of --out, for the weights
+    prediction, shape, sources = "epsilon", (2,), None
 
     def __init__(self, cfg, ring=None, reward=toy_reward):
         self.cfg, self.reward = cfg, reward
@@ -309,10 +309,10 @@ class Toy:
 
     def save(self, folder):
         folder.mkdir(parents=True)
-        save_file(self.policy.state_dict(), folder / WEIGHTS)
+        save_file(self.policy.state_dict(), folder / WEIGHTS_FILE)
 
     def load(self, folder):
-        self.policy.load_state_dict(load_file(folder / WEIGHTS))
+        self.policy.load_state_dict(load_file(folder / WEIGHTS_FILE))
 
 
 # --------------------------------------------------------------------------- 4. The training loop
@@ -340,7 +340,7 @@ def dpo_step(task, batch, cfg):
     errors = batch_errors(task, batch, cfg.draws, cfg.seed)
     losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
     if cfg.method == "sft":  # the paper's baseline: plain denoising of the preferred image
-        losses = 2 * errors[0]  # image errors are half the mean square (part 8): the usual loss
+        losses = 2 * errors[0]  # twice half a mean square (images, part 8): the usual loss
 
     # Divided by the whole batch, the gradients add up to that of the batch's mean loss.
     losses = losses * (1 - batch["unreadable"].to(losses))  # a blank pair teaches nothing
@@ -350,9 +350,9 @@ def dpo_step(task, batch, cfg):
 def micro_batch_keys(n, cfg, first_step, rank, world):
     """The (epoch, row) of the pairs in each micro-batch of one process.
 
-    All pairs form one endless sequence of shuffled epochs, and step s takes the numbers s * batch
-    to (s + 1) * batch of it. So a step has the same data on any number of processes and after any
-    restart.
+    In one endless sequence, pair number i is in epoch i // n, at place i % n of its shuffle. Step s
+    takes the numbers s * batch to (s + 1) * batch. So it has the same data on any number of
+    processes and after any restart.
     """
     @functools.lru_cache(maxsize=4)
     def order(epoch):
@@ -380,32 +380,31 @@ def train(task, cfg, micro_step=dpo_step):
     run = Run(task, cfg, optimizer)  # part 5: resumes, saves, evaluates, logs
     keys = micro_batch_keys(len(task.pairs), cfg, run.first_step, rank, world)
     batches = iter(load_batches(task.pairs, keys, cfg))
+    try:
+        for step in range(run.first_step, cfg.steps):
+            run.save_and_evaluate(step)  # if it is due
+            began = time.perf_counter()
 
-    for step in range(run.first_step, cfg.steps):
-        run.save_and_evaluate(step)  # if it is due
-        began = time.perf_counter()
+            # Add up the gradient of a batch: over micro-batches, then over processes.
+            optimizer.zero_grad()
+            sums = torch.zeros(len(METRICS), device=task.weight.device)
+            for _ in range(cfg.batch // (cfg.micro_batch * world)):
+                sums += micro_step(task, next(batches), cfg)
+                run.stop_if_asked(step)
+            for tensor in [sums] + [p.grad for p in parameters if p.grad is not None]:
+                all_reduce(tensor)
 
-        # Add up the gradient of a batch, one micro-batch at a time, and then over all processes.
-        optimizer.zero_grad()
-        sums = torch.zeros(len(METRICS), device=task.weight.device)
-        for _ in range(cfg.batch // (cfg.micro_batch * world)):
-            sums += micro_step(task, next(batches), cfg)
-            run.stop_if_asked(step)
-        for tensor in [sums] + [p.grad for p in parameters if p.grad is not None]:
-            all_reduce(tensor)
-
-        # Update the policy.
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()  # 1.0, as in the released code
-        row = {"step": step} | mean_metrics(sums, cfg.batch) | {"grad_norm": grad_norm, "lr": lr}
-        run.check(row)  # no update with a NaN
-        optimizer.step()
-
-        row["pairs_per_s"] = cfg.batch / (time.perf_counter() - began)
-        run.log(row)
-
-    run.save_and_evaluate(cfg.steps)
-    run.finish()
+            # Update the policy.
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()  # 1.0: released code
+            row = {"step": step, "grad_norm": grad_norm, "lr": lr} | mean_metrics(sums, cfg.batch)
+            run.check(row)  # no update with a NaN
+            optimizer.step()
+            row["pairs_per_s"] = cfg.batch / (time.perf_counter() - began)
+            run.log(row)
+        run.save_and_evaluate(cfg.steps)
+    finally:
+        run.close()
     return run.rows
 
 
@@ -443,7 +442,7 @@ def start_processes(use_gpu):
     if use_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        # With torchrun --max-restarts the addresses of dead processes are still there: hide them.
+        # After a restart by torchrun the store has addresses of dead processes: use own keys.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
@@ -457,7 +456,7 @@ def ignore_signals(worker):
 
 def load_batches(pairs, keys, cfg):
     """Batches of pairs, one for each list in `keys`, read ahead by worker processes."""
-    return DataLoader(pairs, batch_sampler=keys, num_workers=cfg.workers,
+    return DataLoader(pairs, batch_sampler=keys, num_workers=min(cfg.workers, os.cpu_count()),
                       worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
 
 def make_optimizer(parameters, cfg):
@@ -475,7 +474,7 @@ def first_line(error):
 
 @contextmanager
 def atomic_write(path):
-    """A place to write to, which is renamed to `path` when it is complete. Raises OSError."""
+    """A free place for a file or folder, which is renamed to `path` once written. OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # if an earlier process died while it wrote
@@ -492,10 +491,10 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 def save_checkpoint(out, task, optimizer, step):
-    """Write out/checkpoint-STEP and keep the newest two. Process 0 writes, the others wait."""
+    """Write out/checkpoint-STEP and keep the two written last. Process 0 writes, others wait."""
     if is_main() and step > 0:
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
-            task.save(folder / task.folder)
+            task.save(folder / task.subfolder)
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         outdated = sorted(out.glob("checkpoint-[0-9]*"), key=os.path.getmtime)[:-2]
         for old in [*outdated, *out.glob(".checkpoint-*.partial")]:
@@ -508,7 +507,7 @@ def load_checkpoint(out, task, optimizer):
     for folder in folders:
         try:
             saved = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)
-            task.load(folder / task.folder)
+            task.load(folder / task.subfolder)
             optimizer.load_state_dict(saved)
             step = int(folder.name.removeprefix("checkpoint-"))
             break
@@ -541,20 +540,20 @@ class Run:
         # From now on Ctrl-C and SIGTERM are only noted. The loop stops at the next micro-batch.
         self.signals = []
         self.old_handlers = {
-            number: signal.signal(number, lambda number, frame: self.signals.append(number))
+            number: signal.signal(number, lambda got, frame: self.signals.append(got))
             for number in (signal.SIGINT, signal.SIGTERM)}
 
     def announce(self):
         """Say what will be done, on the screen and in config.json."""
-        cfg, n = self.cfg, len(self.task.pairs)
-        epochs = cfg.steps * cfg.batch / n
-        print(f"run         {cfg.method} of {cfg.model}, in {cfg.out} from step {self.first_step}")
-        print(f"steps       {cfg.steps:,} of {cfg.batch} pairs, {epochs:.3g} epochs of {n:,} pairs;"
-              f" learning rate {cfg.lr:.4g}, {cfg.precision}")
+        cfg = self.cfg
+        epochs = cfg.steps * cfg.batch / len(self.task.pairs)
+        print(f"run         {cfg.method} of {cfg.model}, in {cfg.out} from step {self.first_step}\n"
+              f"steps       {cfg.steps:,} of {cfg.batch} pairs ({cfg.micro_batch} at a time),"
+              f" {epochs:.3g} epochs; {cfg.optimizer} at {cfg.lr:.4g}, {cfg.precision}")
         if epochs > 20:
             print(f"WARNING     {epochs:.0f} epochs; the paper's run has 4.8. Lower --steps?")
-        content = {"config": asdict(cfg), "read_from": self.task.read_from}  # with hub revisions
-        write_json(self.out / "config.json", content)
+        sources = self.task.sources  # what comes from a hub, with its revision
+        write_json(self.out / "config.json", {"config": asdict(cfg), "sources": sources})
 
     def read_rows(self):
         """Keep the rows of metrics.jsonl for the steps done before. The others come again."""
@@ -579,10 +578,14 @@ class Run:
         if self.is_due(cfg.eval_every, step):
             numbers = evaluate(self.task)
             self.log({"step": step} | {f"held_out_{name}": numbers[name] for name in numbers})
+        if step == cfg.steps and is_main():
+            with atomic_write(self.out / self.task.subfolder) as folder:
+                self.task.save(folder)
 
     def leave(self, step, error):
         """End the run before its time, with its steps saved."""
-        self.save(step)
+        if step > self.first_step:
+            self.save(step)
         raise error
 
     def stop_if_asked(self, step):
@@ -615,21 +618,18 @@ class Run:
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def finish(self):
-        """Write the trained weights, and let Ctrl-C and SIGTERM do again what they did before."""
+    def close(self):
+        """Let Ctrl-C and SIGTERM do again what they did before."""
         self.bar.close()
-        path = self.out / self.task.folder
-        if is_main() and not path.exists():  # it does if this run had ended before
-            with atomic_write(path) as folder:
-                self.task.save(folder)
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
-def save_picture(task, path, rows, *measured):
+
+def save_picture(task, path, rows, *numbers_and_densities):
     """Let toy/figure.py picture the reference and the policy. If that fails, the run goes on."""
     try:
         from toy import figure
-        figure.draw(task, path, rows, *measured)
+        figure.draw(task, path, rows, *numbers_and_densities)
     except Exception as error:
         print(f"\nWARNING     no figure {path}: {first_line(error)}")
 
@@ -648,7 +648,7 @@ def evaluate(task):
     cfg, n = task.cfg, len(task.held_out)
     rank, world = rank_and_world()
     keys = [(HELD_OUT, row) for row in range(rank, n, world)]
-    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # as much at a time as in training
+    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # at least one pair at a time
     batches = load_batches(task.held_out, BatchSampler(keys, size, drop_last=False), cfg)
 
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
@@ -657,11 +657,13 @@ def evaluate(task):
         losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
         sums += metric_sums(batch, losses, logit, errors).double().cpu()
     all_reduce(sums)
+    if sums[-1] == n:
+        raise UserError(f"--eval-split {cfg.eval_split}: none of its pairs can be read")
     return mean_metrics(sums, n)
 
 def load_weights(task, named):
     """Load a folder of weights, a checkpoint or a run that has ended. Raises UserError."""
-    folder = Path(named, task.folder)
+    folder = Path(named, task.subfolder)
     folder = folder if folder.exists() else Path(named)
     try:
         task.load(folder)
@@ -695,7 +697,7 @@ def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
 EXTENT, BINS, FINE = 5.0, 30, 8  # [-EXTENT, EXTENT]^2 in BINS x BINS squares of FINE x FINE points
 
 def grid_points():
-    """The points (N, 2). A density in closed form gives each of them a weight, with the sum 1."""
+    """Points (N, 2) of a fine grid. A known density becomes weights (N,) on them, of sum 1."""
     n = BINS * FINE
     axis = EXTENT * ((2 * torch.arange(n) + 1) / n - 1)  # midpoints
     return torch.cartesian_prod(axis, axis)
@@ -773,7 +775,7 @@ def load_pairs(data, split):
     """
     import datasets
     source, files = data, None
-    for file in (Path(data), Path(data, "pairs.jsonl")):
+    for file in Path(data), Path(data, "pairs.jsonl"):
         if file.is_file():
             source = "json" if file.suffix in (".json", ".jsonl") else "parquet"
             files = str(file)
@@ -849,19 +851,19 @@ class ImagePairs:
         # Crop, flip and dropped caption are the same for both images, as their noise is. (The
         # released code flips each image alone, and its launchers crop the centre.)
         gen = seeded_generator(self.cfg.seed, "augment", epoch, row)
-        u, v, flip, drop = torch.rand(4, generator=gen).tolist()
-        if epoch == HELD_OUT:  # the centre, and 1 for: not flipped, caption not dropped
-            u, v, flip, drop = 0.5, 0.5, 1, 1
+        u, v, as_is, keep = torch.rand(4, generator=gen).tolist()
+        if epoch == HELD_OUT:  # the centre, not flipped, with its caption
+            u, v, as_is, keep = 0.5, 0.5, 1, 1
 
         images = []
         for side in sides:
             image = read_image(item[side], self.root)
-            images.append(crop_square(image, self.cfg.resolution, u, v, flip < 0.5))
-        prompt = "" if drop < self.cfg.caption_dropout else (item[prompt_column] or "")
+            images.append(crop_square(image, self.cfg.resolution, u, v, flip=as_is < 0.5))
+        prompt = "" if keep < self.cfg.caption_dropout else (item[prompt_column] or "")
         return {"prompt": prompt, "images": torch.stack(images)}
 
     def __getitem__(self, key):
-        """What read() returns. A pair that cannot be read is blank, named, and counts nothing."""
+        """What read() returns. An unreadable pair is printed, made blank, and not counted."""
         epoch, row = key
         try:
             return self.read(epoch, row) | {"epoch": epoch, "row": row, "unreadable": 0.0}
@@ -883,11 +885,11 @@ def load_pipeline(model):
     """The diffusers pipeline of --model, on the CPU. Raises OSError."""
     import diffusers
     import transformers
-    for library in (diffusers, transformers):
+    for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
     model = HUB.get(model, model)
     parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, kind in parts if kind == [None, None]]  # a T5, if saved as None
+    left_out = [name for name, of in parts if of == [None, None]]  # a T5, if it was saved as None
     return diffusers.DiffusionPipeline.from_pretrained(
         model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
 
@@ -898,7 +900,7 @@ def read_schedule(pipe):
     is_sd3 = "transformer" in pipe.components
     if is_sd3 and "shift" in config and not config.get("use_dynamic_shifting"):
         # SD3 takes the logit of s_t from a normal distribution (arXiv:2403.03206, section 3.1),
-        # moved by log(shift). Our T levels are the quantiles of that, so t is uniform here too.
+        # moved by log(shift). Our T levels are its quantiles, so a uniform t samples from it.
         T = config.num_train_timesteps
         quantiles = (torch.arange(T).double() + 0.5) / T
         logit_s_t = torch.special.ndtri(quantiles) + math.log(config.shift)
@@ -911,14 +913,14 @@ def read_schedule(pipe):
 
 
 class Denoiser(nn.Module):
-    """A network of diffusers, called like the toy's policy. times (T,) is what it takes for t."""
+    """A network of diffusers, called like the toy's policy. For t it gets times[t], times (T,)."""
 
     def __init__(self, network, times):
         super().__init__()
         self.network, self.times = network, times
 
     def forward(self, x_t, t, prompt, **added):
-        if self.times.dtype == torch.long:  # whole numbers: a UNet, which takes the rest as a dict
+        if self.times.dtype == torch.long:  # only a UNet has whole times; it takes a dict
             added = {"added_cond_kwargs": added}
         times = self.times[t]
         return self.network(x_t, timestep=times, encoder_hidden_states=prompt, **added).sample
@@ -934,15 +936,15 @@ class StableDiffusion:
 
         self.part = "transformer" if self.prediction == "flow" else "unet"
         network = getattr(pipe, self.part).float()
-        self.folder = "lora" if cfg.lora else self.part
-        self.read_from = [network.config.get("_name_or_path"), getattr(pairs, "source", None)]
+        self.subfolder = "lora" if cfg.lora else self.part
+        self.sources = [network.config.get("_name_or_path"), getattr(pairs, "source", None)]
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
 
         # The released code takes half the MEAN squared error, and beta = 2000 and 5000 refer to it.
         # So T omega_t is 1 / (2d) for latents of d numbers. On the SUM of squares, as the equation
-        # has it, beta is then 2000 / (2d) = 0.061 for SD1.5 (d = 16,384; 5000 would be 0.153), and
-        # 5000 / (2d) = 0.038 for SDXL (d = 65,536), a weaker pull. Without the half, halve beta.
+        # has it, beta is then 2000 / (2d) = 0.061 for SD1.5 (d = 16,384), and 5000 / (2d) = 0.038
+        # for SDXL (d = 65,536), a weaker pull. (5000 on SD1.5: 0.153.) Without the half, halve it.
         T = len(alphas_cumprod)
         self.weight = torch.full((T,), 1 / (2 * math.prod(self.shape)), device=device)
 
@@ -950,20 +952,20 @@ class StableDiffusion:
         times = torch.arange(T, device=device)
         if self.prediction == "flow":
             times = 1000 * signal_and_noise(self.alphas_cumprod, "flow")[1]  # what SD3 takes for t
+        self.policy = Denoiser(network, times)
         if cfg.lora:
             self.add_adapters(network)
-            self.policy, self.reference = Denoiser(network, times), self.without_adapters
-            frozen = network
+            base, self.reference = network, self.without_adapters
         else:
-            frozen = deepcopy(network).requires_grad_(False)
-            self.policy, self.reference = Denoiser(network, times), Denoiser(frozen, times)
+            base = deepcopy(network).requires_grad_(False)
+            self.reference = Denoiser(base, times)
         if cfg.checkpointing:
             network.enable_gradient_checkpointing()
 
         # Frozen weights are rounded to bf16 once, instead of at every use. Trained weights stay in
         # fp32: near 0.02, neighbours in bf16 are 1.2e-4 apart, so a step of 2e-5 would be lost.
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        for module in frozen.modules():
+        for module in base.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
         for name, part in pipe.components.items():
@@ -972,18 +974,16 @@ class StableDiffusion:
         # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
         pipe.vae.float().requires_grad_(False).enable_slicing()
         pipe.to(device)
-        frozen.to(device)
+        base.to(device)
 
     def add_adapters(self, network):
         """Freeze a network and add LoRA adapters to it. They start at 0 and are trained in fp32."""
-        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
         network.requires_grad_(False)
         torch.manual_seed(self.cfg.seed)
         network.add_adapter(LoraConfig(
             r=self.cfg.lora, lora_alpha=self.cfg.lora, target_modules=LORA_LAYERS,
             init_lora_weights="gaussian"))  # as in diffusers' examples
-        cast_training_params(network, torch.float32)
 
     def without_adapters(self, x_t, t, **cond):
         """The reference of a LoRA run."""
@@ -1009,18 +1009,18 @@ class StableDiffusion:
         """What the network takes beside x_t and t, for B prompts: {name: (B, ...)}."""
         is_sd3 = self.prediction == "flow"
         others = [None, None] if is_sd3 else []  # SD3's other two encoders get the same prompts
-        prompt, _, *pooled = self.pipe.encode_prompt(
+        prompt, _, *rest = self.pipe.encode_prompt(
             prompts, *others, device=self.weight.device, num_images_per_prompt=1,
             do_classifier_free_guidance=False)
         if is_sd3:
-            return {"prompt": prompt, "pooled_projections": pooled[0]}
-        if not pooled:  # SD1.5
+            return {"prompt": prompt, "pooled_projections": rest[0]}
+        if not rest:  # SD1.5
             return {"prompt": prompt}
-        pooled = pooled[0]  # SDXL
+        pooled = rest[0]  # SDXL
         if self.pipe.config.force_zeros_for_empty_prompt:
             # Without a prompt, SDXL samples with zeros. (The released code trains with "".)
             given = [[float(text != "")] for text in prompts]
-            given = torch.tensor(given).to(prompt, non_blocking=True)  # (B, 1)
+            given = torch.tensor(given).to(prompt)  # (B, 1)
             prompt, pooled = prompt * given[:, None], pooled * given
 
         # Every image is declared to be whole and of this size, as in the released code. True sizes
@@ -1042,10 +1042,10 @@ class StableDiffusion:
         """Read what save() wrote. Raises an error if it does not fit."""
         network = self.policy.network
         if not self.cfg.lora:
-            network.load_state_dict(load_file(folder / WEIGHTS))
+            network.load_state_dict(load_file(folder / WEIGHTS_FILE))
             return
         from peft import set_peft_model_state_dict
-        saved = load_file(folder / LORA_WEIGHTS)
+        saved = load_file(folder / LORA_FILE)
         layers = {name.removeprefix(f"{self.part}."): value for name, value in saved.items()}
         unexpected = set_peft_model_state_dict(network, layers).unexpected_keys
         if unexpected or len(layers) != sum(p.requires_grad for p in network.parameters()):
@@ -1056,7 +1056,7 @@ class StableDiffusion:
 
 @dataclass
 class Config:
-    """All settings. A comment (with the default's source) makes a field a flag, and is its help."""
+    """All settings. A field's comment makes it a flag (in parse), with this help and source."""
     model: str = "sd15"
     preset: str = "sd15"
     method: Literal["dpo", "sft"] = "dpo"  # dpo, or sft: the baseline of paper 5.5
@@ -1090,7 +1090,7 @@ class Config:
 PRESETS = {
     "toy": dict(beta=0.5, draws=64, steps=3000, batch=32, micro_batch=32, lr=3e-3, warmup=0.05,
                 decay=1.0, precision="fp32", workers=0, eval_every=300, sample_every=0),  # all ours
-    "sd15": dict(),
+    "sd15": {},
     "sdxl": dict(beta=5000.0, resolution=1024, micro_batch=2, optimizer="adafactor",
                  checkpointing=True),
     # SD3.5: beta, lora and the learning rate are flow_grpo's; steps and batch are ours.
@@ -1102,7 +1102,7 @@ PIPELINES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sd
 ONLY_FOR_IMAGES = {"lora", "data", "split", "eval_split", "resolution", "caption_dropout",
                    "checkpointing"}
 MAY_CHANGE = {"out", "save_every", "sample_every", "eval_every", "eval_split", "workers",
-              "micro_batch"}  # without making it another run
+              "micro_batch"}  # and it is still the same run
 POSITIVE = {"beta", "draws", "steps", "batch", "micro_batch", "save_every", "resolution"}
 SHARES = {"caption_dropout", "warmup", "decay"}
 
@@ -1144,7 +1144,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     models.add_argument("--toy", action="store_const", const="toy", dest="model")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
-    # A line `name: type = default  # meaning` becomes --name. A subclass may say it once more.
+    # A line `name: type = default  # meaning` becomes --name. A subclass may override it.
     source = "".join(inspect.getsource(each) for each in reversed(config.__mro__[:-1]))
     for name, meaning in dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M)).items():
         kind, default = config.__dataclass_fields__[name].type, getattr(config, name)
@@ -1158,7 +1158,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
             options |= {"nargs": "?", "const": ""}
         parser.add_argument("--" + name.replace("_", "-"), **options)
 
-    preset = find_preset(parser.parse_args(argv).model)
+    preset = find_preset(parser.parse_args(argv).model)  # then parse again, with its defaults
     parser.set_defaults(**presets[preset])
     cfg = config(preset=preset, **vars(parser.parse_args(argv)))
     check_flags(cfg)
@@ -1179,7 +1179,7 @@ def check_flags(cfg):
         if cfg.model == "toy" and name in ONLY_FOR_IMAGES and value != getattr(type(cfg), name):
             raise UserError(f"{flag} has no meaning for the toy")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch % world:
+    if cfg.batch % world and cfg.evaluate is None:
         raise UserError(f"--batch {cfg.batch}: it should be a multiple of the {world} processes")
     cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)  # to fill the batch
     if cfg.resolution % 16:
@@ -1206,7 +1206,7 @@ def make_task(cfg, device):
     """What cfg.model names, with its data."""
     if cfg.model == "toy":
         return Toy(cfg)
-    pairs = ImagePairs(cfg, cfg.split)
+    pairs = ImagePairs(cfg, cfg.split) if cfg.evaluate is None else None
     held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
     return StableDiffusion(cfg, device, load_pipeline(cfg.model), pairs, held_out)
 

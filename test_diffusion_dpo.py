@@ -715,7 +715,7 @@ def test_build_and_prediction_come_from_the_folder(tiny):
     task = sd_task(tiny, folder.name)
     assert task.prediction == "v_prediction" and task.cfg.beta == 5000
 
-    file = folder / "unet" / dpo.WEIGHTS
+    file = folder / "unet" / dpo.WEIGHTS_FILE
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     with pytest.raises(OSError, match="safetensors"):
@@ -768,12 +768,12 @@ def train_and_resume(tiny, kind, flags, out):
                 for name in ("one", "two"))
     dpo.train(one, one.cfg)
     shutil.copytree(out / "one", out / "two")
-    for path in (one.folder, "checkpoint-00000004"):
+    for path in (one.subfolder, "checkpoint-00000004"):
         shutil.rmtree(out / "two" / path)
 
     rows = dpo.train(two, two.cfg)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    first, second = out.glob(f"*/{one.folder}/*.safetensors")
+    first, second = out.glob(f"*/{one.subfolder}/*.safetensors")
     assert same(load_file(first), load_file(second))
     return one
 
@@ -825,7 +825,7 @@ def test_other_adapters_are_refused(tiny, tmp_path):
         dpo.load_weights(task, tmp_path)
         return adapters(task)
 
-    saved, file = sd_task(tiny, "tiny-sd15", "--lora 2"), tmp_path / dpo.LORA_WEIGHTS
+    saved, file = sd_task(tiny, "tiny-sd15", "--lora 2"), tmp_path / dpo.LORA_FILE
     saved.save(tmp_path)
     assert same(load("sd15", 2), adapters(saved))
     for kind, rank in (("sd15", 1), ("sdxl", 2), ("sd15", 2)):
@@ -847,7 +847,7 @@ def out(tmp_path):
 
 
 def weights(out, folder="policy"):
-    return load_file(out / folder / dpo.WEIGHTS)
+    return load_file(out / folder / dpo.WEIGHTS_FILE)
 
 
 def toy_task(flags=""):
@@ -1304,7 +1304,7 @@ def wrong(tmp_path_factory):
             "file.txt": "hello",
             "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
             "strange/config.json": '{"config": 7}',
-            f"torn/{dpo.WEIGHTS}": "torn"}.items():
+            f"torn/{dpo.WEIGHTS_FILE}": "torn"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name, rows in {

@@ -134,7 +134,7 @@ def read_run(policy):
             file = place / "config.json"
             if file.exists() and not config:  # that of a UNet has no "config"
                 config = json.loads(file.read_text()).get("config", {})
-        for file in sorted(folder.rglob(dpo.LORA_WEIGHTS))[:1]:
+        for file in sorted(folder.rglob(dpo.LORA_FILE))[:1]:
             ranks = [len(value) for name, value in load_file(file).items() if "lora_A" in name]
             rank = max(ranks, default=1)  # a file with other names is refused when it is loaded
     except Exception as error:  # of a torn file

@@ -101,7 +101,7 @@ def test_what_make_tiny_says_to_run_next(tiny, tmp_path, monkeypatch, capsys):
     """The printed command trains on what was written. A second call writes the same weights."""
     monkeypatch.chdir(tmp_path)
     call(make_tiny, "small")
-    weights = Path("tiny-sdxl", "unet", dpo.WEIGHTS)
+    weights = Path("tiny-sdxl", "unet", dpo.WEIGHTS_FILE)
     assert (tiny / weights).read_bytes() == Path("small", weights).read_bytes()
     command = capsys.readouterr().out.rpartition("next: python diffusion_dpo.py ")[2]
     call(dpo, command.replace("\\\n", "") + " --sample-every 0 --workers 0 --steps 1")
@@ -446,7 +446,7 @@ def test_compare_samples_what_is_missing(contest, tmp_path, sampled):
     image.unlink()
     contest()
     assert sampled == [1]
-    os.utime(tmp_path / "policy" / dpo.WEIGHTS, (0, 0))
+    os.utime(tmp_path / "policy" / dpo.WEIGHTS_FILE, (0, 0))
     contest()
     assert sum(sampled) == 6
 
@@ -492,7 +492,7 @@ def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "prompts.txt").write_text("a cat")
     (folder / "blank.txt").write_text("\n \n")
-    (folder / dpo.LORA_WEIGHTS).write_bytes(b"torn")
+    (folder / dpo.LORA_FILE).write_bytes(b"torn")
     make_tiny.make_scorer(folder / "half")
     weights = load_file(folder / "half" / "model.safetensors")
     del weights["visual_projection.weight"]
