@@ -1,13 +1,14 @@
-"""Make every figure and number of the toy that README.md and toy/README.md show.
+"""Make every figure and number of the 2-D toy that README.md and toy/*.md show.
 
     python toy/study.py        # toy/study/*, toy/toy.png, toy/toy.gif; over an hour on two cores
 
-Each experiment trains with seeds 0, 1, 2. `full` runs are those of `diffusion_dpo.py --toy` itself;
-the others, but for section i, are a sixth as long: 1000 steps of 16 pairs of 64 draws, two million
-network calls.
+EXPERIMENTS says what is trained, by name and setting. Each setting is trained with seeds 0, 1, 2.
+A full run is that of `diffusion_dpo.py --toy`. A short one has a sixth of its network calls: 1000
+steps of 16 pairs of 64 draws, two million calls.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -16,6 +17,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -24,7 +27,7 @@ import matplotlib
 import numpy
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -33,29 +36,30 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import on_policy
 
 import diffusion_dpo as dpo
+from diffusion_dpo import toy_reward
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-OUT, SEEDS, SHORT = HERE / "study", (0, 1, 2), "--steps 1000 --batch 16 --eval-every 0 "
-FULL = "--eval-every 3000 "
-LEVELS = (30, 40, 50, 60, 70, 80, 90, 99)  # noise levels of 0 .. 99
-NODES = 5  # of a quadrature, per axis: eps* is off by at most 0.0005, with gamma 0.5 by 0.01
-DRAWS, BETAS, GAMMAS = (1, 2, 4, 8, 16, 32), (0.25, 0.5, 1, 2), (0, 0.1, 0.25, 0.5, 1)
-DRAWN = "--steps 1000 --eval-every 0 --gamma {} --draws {} --batch {}"
-ONE_DRAW = DRAWN.format(0, 1, 512)
-RATIOS, MOVED = (0, 0.5, 1, 2), (0, 0.5, 1)
-ON_POLICY = {"d3po": "--method d3po --steps 205 ",  # as many network calls as SHORT
-             "spo": "--method spo --steps 140 "}
-OWN_BETAS = {"d3po": (0.25, 1, 4), "spo": (5, 10, 30)}
-LONG = "--eval-every 0 --sample-every 1000 --steps 6000 --batch 32 --draws 8 "
-FEW, PROXY = LONG + "--pairs 200 ", LONG + "--proxy "
-FAIR = {"DPO": "--beta {0}", "SEE-DPO": "--beta {0} --gamma {0}",  # the third: as flat, no margin
-        "DPO, beta' = beta + gamma": "--beta {1}"}
+OUT = HERE / "study"
+SEEDS = (0, 1, 2)
+
+
+# ------------------------------------------------------------- what can differ from the plain toy
+
+
+def toy_proxy(x):
+    """A flawed reward (N,): the true one, plus a hill where that is nearly 0."""
+    distances = (x - torch.tensor([-2.0, 0.0])).square().sum(-1)
+    return toy_reward(x) + 3 * torch.exp(-distances / (2 * 0.8**2))
+
+
+def no_reward(x):
+    return torch.zeros(len(x))
 
 
 class OneMode(dpo.Ring):
-    """A single Gaussian as the reference: with labels by chance p* is a Gaussian too."""
+    """A single Gaussian as the reference. Without a reward p* is a Gaussian too."""
 
     means = torch.zeros(1, 2)
 
@@ -63,25 +67,16 @@ class OneMode(dpo.Ring):
         return self.std * torch.randn(n, 2, generator=gen)
 
 
-class Moved(dpo.Ring):
-    """A ring whose samples, a share of them, have noise of standard deviation 1/2 on top."""
-
-    def __init__(self, share):
-        self.share = share
-
-    def sample(self, n, gen):
-        moved = torch.rand(n, 1, generator=gen) < self.share  # (n, 1)
-        return super().sample(n, gen) + 0.5 * moved * torch.randn(n, 2, generator=gen)
-
-
 class VelocityPolicy(dpo.ToyPolicy):
-    """Its network corrects the reference's velocity u, not its eps_hat = a_t u + x_t: at much noise
-    it cannot move eps_hat far."""
+    """Its network corrects the reference's velocity u, where eps_hat = a_t u + x_t.
 
-    def denoise(self, x_t, t):
+    So at much noise, where a_t is small, it cannot move eps_hat far.
+    """
+
+    def forward(self, x_t, t):
         reference = self.ring(x_t, t)
         a_t = self.ring.alphas_cumprod[t][:, None].sqrt()
-        return reference + a_t * (super().denoise(x_t, t) - reference)
+        return reference + a_t * (super().forward(x_t, t) - reference)
 
 
 class DeeperPolicy(dpo.ToyPolicy):
@@ -94,111 +89,145 @@ class DeeperPolicy(dpo.ToyPolicy):
         self.net = nn.Sequential(*body, nn.Linear(width, width), nn.SiLU(), last)
 
 
-def build(cfg, change):
-    """The toy, or what differs from it."""
-    ring = None
-    if change == "one mode":
-        ring = OneMode(torch.sigmoid(torch.linspace(8, -6, 100)))
-    if change in ("linear betas", "linear betas, constant weight"):
-        ring = dpo.Ring((1 - torch.linspace(0.001, 0.2, 100)).cumprod(0))
-    toy = dpo.Toy(cfg, ring)
-    if change == "one mode":
-        toy.reward = lambda x: 0 * x[:, 0]
-        toy.pairs = dpo.ToyPairs(toy.ring, cfg.pairs, cfg.seed, toy.reward)
-    if isinstance(change, float):
-        toy.pairs = dpo.ToyPairs(Moved(change), cfg.pairs, cfg.seed)
-    if change == "linear betas, constant weight":
-        toy.weight = toy.weight.mean().expand(len(toy.weight))
-    if change == "velocity":
-        toy.policy = VelocityPolicy(toy.ring, cfg.seed)
-    return toy
+def own_step(loss):
+    """A step for dpo.train, with loss(toy, batch, errors) -> losses (B,), logits (B,)."""
 
-
-def changed_step(change):
-    """A dpo_step with another loss."""
-    def step(problem, batch, cfg):
-        x_w, x_l, cond = problem.encode(batch)
-        err_w, err_l, ref_w, ref_l = errors = dpo.pair_errors(problem, x_w, x_l, batch["t"],
-                                                              batch["eps"], cond)
-        if change == "exact margin":  # the same log-ratios, r = -log p_ref without a draw
-            exact_w, exact_l = -problem.ring.log_prob(x_w), -problem.ring.log_prob(x_l)
-            errors = exact_w + err_w - ref_w, exact_l + err_l - ref_l, exact_w, exact_l
-        losses, logit = dpo.dpo_loss(*errors, cfg.beta, cfg.gamma)
-        if change == "SFT on the preferred":
-            losses = losses + 0.03 * err_w
+    def step(toy, batch, cfg):
+        errors = dpo.batch_errors(toy, batch, cfg.draws, cfg.seed)
+        losses, logit = loss(toy, batch, errors)
         (losses.sum() / cfg.batch).backward()
-        right = (logit.sign() + 1) / 2
-        return torch.stack([losses, right, logit, logit**2, *errors]).detach().sum(1)
+        return dpo.metric_sums(batch, losses, logit, errors)
 
-    return step if change in ("exact margin", "SFT on the preferred") else dpo.dpo_step
+    return step
 
 
-def by_chance(score, gen):
-    """A scorer whose ranks are drawn: of two scores the first is the higher one with probability
-    sigmoid(first - second), as Gumbel's noise makes it."""
-    return lambda x_0, batch: score(x_0, batch) - torch.empty(x_0.shape[:2]).exponential_(
-        generator=gen).log()
+def plain_loss(toy, batch, errors):
+    return dpo.dpo_loss(*errors, toy.cfg.beta, toy.cfg.gamma)
+
+
+def anchored_loss(toy, batch, errors, anchor):
+    """DPO plus anchor (1 - the mean over both halves of p_theta / p_ref).
+
+    This ratio is estimated by exp(r - e). Averaged over samples of p_ref it is 1 for a density. A
+    rise of both errors cancels in the logit, but it lowers this ratio. Errors must be in nats and
+    nearly free of noise. Keep the anchor well below beta^2 / 2: above, it rewards noise.
+    """
+    losses, logit = plain_loss(toy, batch, errors)
+    err_w, err_l, ref_w, ref_l = errors
+    ratio = ((ref_w - err_w).exp() + (ref_l - err_l).exp()) / 2
+    return losses + anchor * (1 - ratio), logit
+
+
+def exact_margin_loss(toy, batch, errors):
+    """The log-ratios as drawn, but r = -log p_ref in closed form."""
+    err_w, err_l, ref_w, ref_l = errors
+    exact_w = -toy.reference.log_prob(batch["x_w"])
+    exact_l = -toy.reference.log_prob(batch["x_l"])
+    exact = exact_w + err_w - ref_w, exact_l + err_l - ref_l, exact_w, exact_l
+    return plain_loss(toy, batch, exact)
+
+
+def sft_too_loss(toy, batch, errors):
+    """DPO plus some plain denoising of the preferred points."""
+    losses, logit = plain_loss(toy, batch, errors)
+    return losses + 0.03 * errors[0], logit
+
+
+def with_random_labels(score, gen):
+    """A scorer whose order is random, as Bradley and Terry have it.
+
+    Of two scores the first is the higher one with probability sigmoid(first - second). Gumbel
+    noise, which is minus the logarithm of exponential noise, makes it so.
+    """
+
+    def noisy_score(x_0, batch):
+        scores = score(x_0, batch)
+        return scores - torch.empty_like(scores).exponential_(generator=gen).log()
+
+    return noisy_score
+
+
+def distill(toy, samples=40_000, steps=2000, batch=1024):
+    """A second stage: plain denoising of samples of the reference, by a new and deeper policy.
+
+    A sample is taken as often as it is likelier by the first policy's log-ratio.
+    """
+    gen = dpo.seeded_generator(toy.cfg.seed, "distill")
+    x = toy.reference.sample(samples, gen)
+    share = log_ratios(toy, x).softmax(0)
+    toy.policy = DeeperPolicy(toy.reference, toy.cfg.seed)
+    optimizer = torch.optim.AdamW(toy.policy.parameters(), toy.cfg.lr, weight_decay=0.01)
+    for step in range(steps):
+        rate = min((step + 1) / 100, (steps - step) / steps)
+        optimizer.param_groups[0]["lr"] = toy.cfg.lr * rate
+
+        # Each sample comes with eps and with -eps, as in draw_noise: less noise in the mean.
+        rows = torch.multinomial(share, batch // 2, replacement=True, generator=gen)
+        x_0 = x[rows].repeat(2, 1)
+        t, eps = dpo.draw_noise(f"distill {toy.cfg.seed}", 0, step, batch, len(toy.weight), (2,))
+        a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[t][:, None], "epsilon")
+        squares = (toy.policy(a_t * x_0 + s_t * eps, t) - eps).square().sum(1)
+
+        optimizer.zero_grad()
+        (toy.weight[t] * squares).mean().backward()
+        optimizer.step()
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+LEVELS = (30, 40, 50, 60, 70, 80, 90, 99)  # noise levels of 0 .. 99
+NODES = 5  # of a quadrature, per axis: eps* is off by at most 0.0005, with gamma 0.5 by 0.01
 
 
 @torch.no_grad()
 def log_ratios(toy, x, draws=64):
     """log p_theta - log p_ref (N,) at x (N, 2), by the ELBOs."""
-    found = []
+    ratios = []
     for number, some in enumerate(x.split(2000)):
-        drawn = [dpo.draw_noise(f"ratio {number}", 0, row, draws, len(toy.weight), toy.shape)
-                 for row in range(len(some))]
-        t, eps = map(torch.stack, zip(*drawn, strict=True))
-        err, _, ref_err, _ = dpo.pair_errors(toy, some, some, t, eps, {})
-        found.append(ref_err - err)
-    return torch.cat(found)
+        rows = torch.arange(len(some))
+        batch = {"x_w": some, "x_l": some, "epoch": 0 * rows, "row": rows}
+        err, _, ref_err, _ = dpo.batch_errors(toy, batch, draws, f"ratio {number}")
+        ratios.append(ref_err - err)
+    return torch.cat(ratios)
 
 
-def distill(toy, samples=40_000, steps=2000, batch=1024):
-    """A second stage: a new and deeper policy, by plain denoising of samples of the reference, each
-    drawn as often as it is likelier by the policy's own log-ratio."""
-    gen, T = dpo.generator(toy.cfg.seed, "distill"), len(toy.weight)
-    x = toy.ring.sample(samples, gen)
-    share = log_ratios(toy, x).softmax(0)
-    toy.policy = DeeperPolicy(toy.ring, toy.cfg.seed)
-    optimizer = torch.optim.AdamW(toy.policy.parameters(), toy.cfg.lr, weight_decay=0.01)
-    for step in range(steps):
-        rate = min((step + 1) / 100, (steps - step) / steps)  # risen and falling, as in train()
-        optimizer.param_groups[0]["lr"] = toy.cfg.lr * rate
-        # Each with eps and -eps, as draw_noise has it: less noise in the mean.
-        x_0 = x[torch.multinomial(share, batch // 2, replacement=True, generator=gen)].repeat(2, 1)
-        t, eps = dpo.draw_noise(f"distill {toy.cfg.seed}", 0, step, batch, T, toy.shape)
-        abar_t = toy.alphas_cumprod[t][:, None]
-        x_t = abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
-        optimizer.zero_grad()
-        dpo.weighted_errors(toy.policy, toy, x_t, t, eps, {}).mean().backward()
-        optimizer.step()
+def judgement(toy, samples=10_000):
+    """What the policy's log-ratio says of samples of the reference.
+
+    That is its correlation with the reward, and the drift: minus the logarithm of the mean of
+    p_theta / p_ref, in nats. It is 0 for a density, but noise of the draws makes it too small.
+    """
+    x = toy.reference.sample(samples, dpo.seeded_generator("judge"))
+    ratios = log_ratios(toy, x)
+    correlation = torch.corrcoef(torch.stack([ratios, toy.reward(x)]))[0, 1].item()
+    return {"correlation": correlation, "nats_lost": math.log(samples) - ratios.logsumexp(0).item()}
 
 
 class Optimum:
-    """p* as a policy: its denoiser, by a quadrature. p* is p_ref exp(f) / Z with
-    f = (R - gamma log p_ref) / (beta + gamma). Given x_t, each mode of p_ref leaves a Gaussian for
-    x_0, over which exp(f) is summed by Gauss and Hermite's rule."""
+    """p* as a policy: its exact denoiser, by a quadrature.
+
+    p* is p_ref exp(f) / Z with f = (R - gamma log p_ref) / (beta + gamma). Given x_t, each mode of
+    p_ref leaves a Gaussian for x_0. Over it exp(f) is summed by the rule of Gauss and Hermite.
+    """
 
     def __init__(self, toy):
         self.toy = toy
-        at, weight = map(torch.tensor, numpy.polynomial.hermite_e.hermegauss(NODES))
-        self.at = torch.cartesian_prod(at, at).float()  # (NODES^2, 2)
+        nodes, weight = numpy.polynomial.hermite_e.hermegauss(NODES)
+        nodes, weight = torch.tensor(nodes), torch.tensor(weight)
+        self.nodes = torch.cartesian_prod(nodes, nodes).float()  # (NODES^2, 2)
         self.log_weight = torch.outer(weight, weight).flatten().log().float()  # (NODES^2,)
 
-    def denoise(self, x_t, t):
+    def __call__(self, x_t, t):
         """E[eps | x_t] (N, 2) at x_t (N, 2)."""
-        return torch.cat([*map(self.denoise_part, x_t.split(5000), t.split(5000))])
-
-    __call__ = denoise
-
-    def denoise_part(self, x_t, t):
-        toy, cfg, ring = self.toy, self.toy.cfg, self.toy.ring
+        toy, cfg, ring = self.toy, self.toy.cfg, self.toy.reference
         abar_t = toy.alphas_cumprod[t][:, None, None]  # (N, 1, 1)
         a_t, s_t = dpo.signal_and_noise(abar_t, "epsilon")
-        std_t = ((a_t * ring.std) ** 2 + s_t**2).sqrt()  # (N, 1, 1), of a mode with noise
+        std_t = ((a_t * ring.std) ** 2 + s_t**2).sqrt()  # (N, 1, 1), of a mode with its noise
         away = (x_t[:, None] - a_t * ring.means) / std_t  # (N, 8, 2)
-        mean = ring.means + a_t * ring.std**2 / std_t * away  # (N, 8, 2)
-        x_0 = mean[:, :, None] + (ring.std * s_t / std_t)[..., None] * self.at  # (N, 8, NODES^2, 2)
+        mean = ring.means + a_t * ring.std**2 / std_t * away  # (N, 8, 2), of x_0 given mode and x_t
+        std = ring.std * s_t / std_t  # (N, 1, 1)
+        x_0 = mean[:, :, None] + std[..., None] * self.nodes  # (N, 8, NODES^2, 2)
+
         f = toy.reward(x_0.flatten(0, 2))  # (8 N NODES^2,)
         if cfg.gamma:
             f = f - cfg.gamma * ring.log_prob(x_0.flatten(0, 2))
@@ -208,441 +237,546 @@ class Optimum:
         return (x_t - a_t[..., 0] * (share * x_0.flatten(1, 2)).sum(1)) / s_t[..., 0]
 
 
-def exact_denoiser(toy):
-    """The numbers of a policy that is p*: what is left is the measurements' own."""
-    toy.policy = Optimum(toy)
-    return toy.measure()[0] | as_a_judge(toy)
+@torch.no_grad()
+def drift(toy, samples=500):
+    """How far policy and reference are from the denoiser of p*, on samples of p*.
 
+    For each noise level of LEVELS it is the mean of T omega_t ||eps_hat - eps*||^2. "common" is the
+    part of the policy's that one and the same vector makes.
+    """
+    gen = dpo.seeded_generator("drift")
+    axis = torch.linspace(-dpo.EXTENT, dpo.EXTENT, 121)
+    grid = torch.cartesian_prod(axis, axis)  # (M, 2)
+    p = toy.log_optimum(grid).softmax(0)
+    x_0 = grid[torch.multinomial(p, samples, replacement=True, generator=gen)]
+    eps = torch.randn(samples, 2, generator=gen)
 
-def reward_model(toy):
-    """RLHF without diffusion: a reward learnt from the labels that the policy gets, in their order,
-    by Bradley-Terry, and samples of its p*. A network as wide; the better of two rates by TV."""
-    cfg, pairs, gen = toy.cfg, toy.pairs, dpo.generator(toy.cfg.seed, "reward model")
-    assert cfg.micro_batch == cfg.batch  # the keys of a step
-    torch.manual_seed(cfg.seed)
-    net = nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
-                        nn.Linear(128, 1))
-    optimizer = torch.optim.AdamW(net.parameters())
-    for step, keys in enumerate(dpo.pair_keys(len(pairs), cfg, 0, 0, 1)):
-        rate = min((step + 1) / cfg.warmup, (cfg.steps - step) / cfg.steps)  # as in train()
-        optimizer.param_groups[0]["lr"] = 1e-3 * rate
-        rows = [row for _, row in keys]
-        losses = -F.logsigmoid(net(pairs.x_w[rows]) - net(pairs.x_l[rows]))
-        optimizer.zero_grad()
-        losses.mean().backward()
-        optimizer.step()
-    with torch.no_grad():
-        learnt, _ = dpo.toy_optimum(toy.ring, cfg.beta, cfg.gamma, lambda x: net(x)[:, 0])
-    p_star, _ = dpo.toy_optimum(toy.ring, cfg.beta, cfg.gamma)
-    drawn = torch.multinomial(learnt.flatten(), dpo.SAMPLES, replacement=True, generator=gen)
-    p_drawn = drawn.bincount(minlength=learnt.numel()).view_as(learnt) / dpo.SAMPLES
-    return {"tv_policy": dpo.total_variation(p_drawn, p_star)}
-
-
-YARDSTICKS = {"exact denoiser": exact_denoiser, "reward model": reward_model}
+    optimum = Optimum(toy)
+    distances = {"policy": [], "reference": [], "common": []}
+    for level in LEVELS:
+        a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
+        x_t = a_t * x_0 + s_t * eps
+        t = torch.full((samples,), level)
+        exact = optimum(x_t, t)  # (samples, 2)
+        off = {"policy": toy.policy(x_t, t) - exact, "reference": toy.reference(x_t, t) - exact}
+        off["common"] = off["policy"].mean(0, keepdim=True)
+        for name, vectors in off.items():
+            nats = toy.weight[level] * vectors.square().sum(1).mean()
+            distances[name].append(nats.item())
+    return {"drift": distances}
 
 
 @torch.no_grad()
-def drift(toy, samples=500):
-    """How far policy and reference are from the denoiser of p*, on samples of p*: of each noise
-    level in LEVELS the mean T omega_t ||eps_hat - eps*||^2, and the part of the policy's that one
-    and the same vector makes."""
-    cfg, gen = toy.cfg, dpo.generator("drift")
-    axis = torch.linspace(-dpo.EXTENT, dpo.EXTENT, 121)
-    grid = torch.cartesian_prod(axis, axis)  # (M, 2)
-    log_p = (cfg.beta * toy.ring.log_prob(grid) + toy.reward(grid)) / (cfg.beta + cfg.gamma)
-    chosen = torch.multinomial(log_p.softmax(0), samples, replacement=True, generator=gen)
-    weight, eps = dpo.elbo_weight(toy.alphas_cumprod), torch.randn(samples, 2, generator=gen)
-    found, optimum = {"policy": [], "reference": [], "common": []}, Optimum(toy)
-    for level in LEVELS:
-        a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[level], "epsilon")
-        x_t, t = a_t * grid[chosen] + s_t * eps, torch.full((samples,), level)
-        exact = optimum.denoise(x_t, t)  # (samples, 2)
-        off = {"policy": toy.policy.denoise(x_t, t) - exact, "reference": toy.ring(x_t, t) - exact}
-        off["common"] = off["policy"].mean(0, keepdim=True)
-        for name, vectors in off.items():
-            found[name].append((weight[level] * vectors.square().sum(1).mean()).item())
-    return found
+def logit_noise(toy, pairs=2000, draws=32):
+    """The standard deviation of a pair's logit over single draws, by what its halves share."""
+
+    def noise(name):
+        drawn = [dpo.draw_noise(name, 0, row, 1, 100, (2,)) for row in range(pairs)]
+        return torch.stack([t for t, _ in drawn]), torch.stack([eps for _, eps in drawn])
+
+    def errors(t, eps):
+        return dpo.pair_errors(toy, toy.pairs.x_w[:pairs], toy.pairs.x_l[:pairs], t, eps, {})
+
+    logits = {"t and eps": [], "t": [], "nothing": []}
+    for number in range(draws):
+        t, eps = noise(f"{number} w")
+        other_t, other_eps = noise(f"{number} l")
+        noise_l = {"t and eps": (t, eps), "t": (t, other_eps), "nothing": (other_t, other_eps)}
+        err_w, _, ref_w, _ = errors(t, eps)
+        for shared in logits:
+            _, err_l, _, ref_l = errors(*noise_l[shared])
+            _, logit = plain_loss(toy, None, (err_w, err_l, ref_w, ref_l))
+            logits[shared].append(logit)
+
+    std = {shared: torch.stack(each).std(0).mean().item() for shared, each in logits.items()}
+    return {"logits": std}
 
 
-def as_a_judge(toy, samples=10_000):
-    """What the policy's log-ratio says of samples of the reference: how it goes with the reward,
-    and minus the logarithm of the mean of p_theta / p_ref, in nats: 0 for a density, but for the
-    noise of the draws, which makes it -0.14 for p* itself."""
-    x = toy.ring.sample(samples, dpo.generator("judge"))
-    ratio, wanted = log_ratios(toy, x), toy.reward(x) / toy.cfg.beta
-    return {"correlation": torch.corrcoef(torch.stack([ratio, wanted]))[0, 1].item(),
-            "nats_lost": math.log(len(x)) - ratio.logsumexp(0).item()}
+def width(toy, samples=50_000):
+    """The standard deviation of the policy's samples."""
+    gen = dpo.seeded_generator(toy.cfg.seed, "one mode")
+    x = dpo.toy_sample(toy.policy, toy.alphas_cumprod, samples, gen)
+    return {"std": x.std(0).mean().item()}
 
 
-def logits(toy, cfg):
-    """The standard deviation of a pair's logit over its draws, by what the two halves share."""
-    x_w, x_l = toy.pairs.x_w[:2000], toy.pairs.x_l[:2000]
-    found = {"t and eps": [], "t": [], "nothing": []}
-    for number in range(32):
-        drawn = [[dpo.draw_noise(f"{number} {side}", 0, row, 1, 100, (2,))
-                  for row in range(len(x_w))] for side in "wl"]
-        noise = [[torch.stack(each) for each in zip(*side, strict=True)] for side in drawn]
-        for shared in found:
-            t = noise[0][0], noise[shared == "nothing"][0]
-            eps = noise[0][1], noise[shared != "t and eps"][1]
-            sides = [dpo.pair_errors(toy, x_w, x_l, t[i], eps[i], {}) for i in (0, 1)]
-            four = sides[0][0], sides[1][1], sides[0][2], sides[1][3]
-            found[shared].append(dpo.dpo_loss(*four, cfg.beta, cfg.gamma)[1].detach())
-    return {shared: torch.stack(each).std(0).mean().item() for shared, each in found.items()}
+def exact_denoiser(toy):
+    """A yardstick: the numbers of a policy that is p*. What is left is the measurements' own."""
+    toy.policy = Optimum(toy)
+    return dpo.measure_toy(toy)[0] | judgement(toy)
+
+
+def reward_model(toy, samples=50_000):
+    """A yardstick: RLHF without diffusion.
+
+    A reward is learnt from the policy's labels, in their order, by Bradley-Terry. Its p* is sampled
+    in closed form. The network is as wide as the policy's; the rate is the better of two by TV.
+    """
+    cfg, pairs, points = toy.cfg, toy.pairs, dpo.grid_points()
+    torch.manual_seed(cfg.seed)
+    first, second, last = nn.Linear(2, 128), nn.Linear(128, 128), nn.Linear(128, 1)
+    net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+    optimizer = torch.optim.AdamW(net.parameters())
+    # A micro-batch of the toy is a whole batch, so each list of keys is a step.
+    for step, keys in enumerate(dpo.micro_batch_keys(len(pairs), cfg, 0, 0, 1)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * dpo.learning_rate(step, cfg) / cfg.lr
+        rows = [row for _, row in keys]
+        loss = -F.logsigmoid(net(pairs.x_w[rows]) - net(pairs.x_l[rows])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    optimum = dpo.histogram(points, toy.log_optimum(points).double().softmax(0))
+    toy.reward = lambda x: net(x)[:, 0]
+    with torch.no_grad():
+        learnt = dpo.histogram(points, toy.log_optimum(points).double().softmax(0))
+    gen = dpo.seeded_generator(cfg.seed, "reward model")
+    chosen = torch.multinomial(learnt.flatten(), samples, replacement=True, generator=gen)
+    share = chosen.bincount(minlength=learnt.numel()).view_as(learnt) / samples
+    return {"tv_policy": dpo.total_variation(share, optimum)}
+
+
+# -------------------------------------------------------------------------------- the experiments
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of the toy: flags of its command, and what differs from it."""
+
+    flags: str = ""
+    seed: int = 0
+    method: str = "dpo"
+    pairs: int = 200_000
+    reward: Callable = toy_reward
+    ring: type = dpo.Ring
+    policy: type = dpo.ToyPolicy
+    loss: Callable | None = None  # in place of that of dpo_step
+    random_labels: bool = False
+    distilled: bool = False
+    samples: int = 25_000  # of the policy, to compare it with p*
+    measures: tuple = ()  # functions of the toy that give more numbers
+    yardstick: Callable | None = None  # gives the numbers in place of a training
+
+    def but(self, flags="", **changes):
+        """The same with more flags and other changes."""
+        return replace(self, flags=f"{self.flags} {flags}".strip(), **changes)
+
+
+FULL = Job("--eval-every 3000", samples=50_000, measures=(judgement, drift))
+SHORT = Job("--steps 1000 --batch 16 --eval-every 0")
+LONG = Job("--steps 6000 --batch 32 --draws 8 --eval-every 0 --sample-every 1000")
+ANCHOR = functools.partial(anchored_loss, anchor=0.05)
+STRONG_ANCHOR = functools.partial(anchored_loss, anchor=0.2)
+D3PO = Job("--steps 205", method="d3po")  # as many network calls as SHORT
+SPO = Job("--steps 140", method="spo")
+ONE_MODE = SHORT.but(ring=OneMode, reward=no_reward, measures=(width,))
+PROXY = LONG.but(reward=toy_proxy)
+FEW = LONG.but(pairs=200)
+SEE_FULL = FULL.but("--gamma 0.5")
+
+DRAWS = (1, 2, 4, 8, 16, 32)
+BETAS = (0.25, 0.5, 1, 2)
+GAMMAS = (0, 0.1, 0.25, 0.5, 1)
+RATIOS = (0, 0.5, 1, 2)  # gamma / beta of the one mode
+
+
+def share_out(gamma, draws):
+    """512 draws per step, as more pairs or as more draws per pair."""
+    flags = f"--steps 1000 --eval-every 0 --gamma {gamma} --draws {draws} --batch {512 // draws}"
+    return Job(flags, measures=(judgement, drift) if (gamma, draws) == (0, 1) else ())
+
+
+def entropy_settings(job, beta):
+    """SEE-DPO at gamma = beta, and what it is compared with (notebook.md, N8)."""
+    see = job.but(f"--beta {beta} --gamma {beta}")
+    return {
+        "DPO": job.but(f"--beta {beta}"),
+        "SEE-DPO": see,
+        "DPO, beta' = beta + gamma": job.but(f"--beta {2 * beta}"),
+        "SEE-DPO, exact margin": see.but(loss=exact_margin_loss),
+    }
+
+
+EXPERIMENTS = {  # {name: {setting: job}}
+    "readme": {
+        "DPO: `--toy`": FULL,
+        "SEE-DPO: `--toy --gamma 0.5`": SEE_FULL,
+        "SFT: `--toy --method sft`": FULL.but(method="sft"),
+        "proxy, beta 2": FULL.but("--beta 2", reward=toy_proxy),
+        "proxy, beta 0.5": FULL.but(reward=toy_proxy),
+        "proxy, beta 0.25": FULL.but("--beta 0.25", reward=toy_proxy),
+    },
+    "a-draws": {(gamma, draws): share_out(gamma, draws) for gamma in (0, 0.5) for draws in DRAWS},
+    "b-beta": {beta: SHORT.but(f"--beta {beta}") for beta in BETAS},
+    "c-gamma": {gamma: SHORT.but(f"--gamma {gamma}") for gamma in GAMMAS}
+    | {("one mode", ratio): ONE_MODE.but(f"--gamma {ratio / 2}") for ratio in RATIOS},
+    "d-few-pairs": entropy_settings(FEW, 0.5),
+    "d-proxy": entropy_settings(PROXY, 0.25),
+    "e-noise": {
+        gamma: SHORT.but(f"--gamma {gamma}", measures=(logit_noise,)) for gamma in (0, 0.5)
+    },
+    "h-methods": {
+        ("d3po", 0.25): D3PO.but("--beta 0.25"),
+        ("d3po", 1): D3PO.but("--beta 1"),
+        ("d3po", 4): D3PO.but("--beta 4"),
+        ("spo", 5): SPO.but("--beta 5"),
+        ("spo", 10): SPO.but("--beta 10"),
+        ("spo", 30): SPO.but("--beta 30"),
+        ("d3po, gamma 0.5", 1): D3PO.but("--beta 1 --gamma 0.5"),
+        ("spo, gamma 5", 10): SPO.but("--beta 10 --gamma 5"),
+        ("sft", None): SHORT.but(method="sft"),
+        ("d3po, chance", 1): D3PO.but("--beta 1", random_labels=True),
+        ("d3po, chance, gamma 0.5", 1): D3PO.but("--beta 1 --gamma 0.5", random_labels=True),
+        ("spo, chance", 10): SPO.but("--beta 10", random_labels=True),
+        ("spo, chance, gamma 5", 10): SPO.but("--beta 10 --gamma 5", random_labels=True),
+    },
+    "i-drift": {
+        "DPO": FULL,
+        "anchor 0.05": FULL.but(loss=ANCHOR),
+        "anchor 0.2": FULL.but(loss=STRONG_ANCHOR),
+        "SFT on the preferred": FULL.but(loss=sft_too_loss),
+        "velocity": FULL.but(policy=VelocityPolicy),
+        "one draw": share_out(0, 1),
+        "distilled": FULL.but(distilled=True),
+        "anchor 0.05, distilled": FULL.but(loss=ANCHOR, distilled=True),
+        "SEE-DPO, gamma 0.5": SEE_FULL,
+        "SEE-DPO, gamma 0.5, anchor 0.05": SEE_FULL.but(loss=ANCHOR),
+        "SEE-DPO, gamma 0.5, anchor 0.05, distilled": SEE_FULL.but(loss=ANCHOR, distilled=True),
+    },
+    "i-yardsticks": {
+        "exact denoiser": FULL.but(yardstick=exact_denoiser),
+        "reward model": FULL.but(yardstick=reward_model),
+    },
+}
+
+
+def build(job, cfg):
+    """The toy of a job of DPO or SFT."""
+    ring = job.ring(torch.sigmoid(torch.linspace(8, -6, 100)))
+    toy = dpo.Toy(cfg, ring, job.reward)
+    toy.policy = job.policy(ring, job.seed)
+    toy.pairs = dpo.ToyPairs(ring, job.pairs, job.seed, job.reward)
+    return toy
+
+
+def measure(toy, job):
+    """What dpo.measure_toy gives, and the same of the proxy where that makes the labels."""
+    numbers, densities = dpo.measure_toy(toy, job.samples)
+    if job.reward is toy_proxy:
+        with mock.patch.object(dpo, "toy_reward", toy_proxy):  # what measure_toy takes means of
+            by_proxy, _ = dpo.measure_toy(toy, job.samples)
+        for whose in densities:
+            numbers[f"proxy_{whose}"] = by_proxy[f"reward_{whose}"]
+    return numbers, densities
+
+
+@contextlib.contextmanager
+def quiet_folder():
+    """A folder for a run that prints nothing. Both are gone in the end."""
+    with (
+        tempfile.TemporaryDirectory() as out,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        yield out
 
 
 def run(job):
-    """One training: (flags, change, seed) -> the numbers of Toy.measure, and more where asked."""
-    flags, change, seed = job
-    torch.set_num_threads(1)
-    dpo.SAMPLES = 50_000 if flags.startswith(FULL) else 25_000
-    curve, argv = [], ["--toy", "--seed", str(seed), *flags.split()]
-    own = any(f"--method {method}" in flags for method in ON_POLICY)  # makes its own pairs
-    with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()),
-          contextlib.redirect_stdout(io.StringIO())):
-        cfg = (on_policy if own else dpo).parse([*argv, "--out", f"{out}/run"])
-        toy = on_policy.make_problem(cfg, None) if own else build(cfg, change)
-        if change in YARDSTICKS:
-            return YARDSTICKS[change](toy)
-        if change == "Bradley-Terry":
-            toy.score = by_chance(toy.score, dpo.generator(seed, "labels"))
-        dpo.draw_picture = lambda toy, path, rows: curve.append(
-            {"step": int(path.stem[-8:])} | toy.measure()[0])
-        rows = dpo.train(toy, cfg, on_policy.on_policy_step if own else changed_step(change))
-    if change == "distilled":
+    """Train a job, and return its numbers. "curve" has those of every picture that was due."""
+    curve = []
+
+    def add_to_curve(toy, path, rows):
+        curve.append({"step": int(path.stem[-8:])} | measure(toy, job)[0])
+
+    with quiet_folder() as out, mock.patch.object(dpo, "save_picture", add_to_curve):
+        argv = ["--toy", "--seed", str(job.seed), "--method", job.method, "--out", out]
+        argv += job.flags.split()
+        if job.method in ("d3po", "spo"):
+            cfg = on_policy.parse(argv)
+            toy = on_policy.make_task(cfg, None)
+            step = on_policy.on_policy_step
+        else:
+            cfg = dpo.parse(argv)
+            toy = build(job, cfg)
+            step = own_step(job.loss) if job.loss else dpo.dpo_step
+        if job.random_labels:
+            toy.score = with_random_labels(toy.score, dpo.seeded_generator(job.seed, "labels"))
+        if job.yardstick:
+            return job.yardstick(toy)
+        rows = dpo.train(toy, cfg, step)
+    if job.distilled:
         distill(toy)
-    numbers, densities = toy.measure()
-    if flags.startswith(FULL) or flags == ONE_DRAW:
-        numbers |= as_a_judge(toy) | {"drift": drift(toy)}
-    held_out = {name: value for name, value in rows[-1].items() if name.startswith("held_out_")}
-    numbers |= held_out | {"map": {name: p.tolist() for name, p in densities.items()}}
+
+    numbers, densities = measure(toy, job)
+    for more in job.measures:
+        numbers |= more(toy)
+    numbers |= {name: value for name, value in rows[-1].items() if name.startswith("held_out_")}
     if curve:
         numbers["curve"] = curve
-    if change == "one mode":
-        gen = dpo.generator(seed, "one mode")
-        x = dpo.toy_sample(toy.policy.denoise, toy.alphas_cumprod, 50_000, gen)
-        numbers["std"] = x.std(0).mean().item()
-    if change == "logits":
-        numbers["logits"] = logits(toy, cfg)
-    return numbers
+    return numbers | {"map": {name: p.tolist() for name, p in densities.items()}}
 
 
-def experiments():
-    """{experiment: {label: (flags, change)}}."""
-    return {
-        "readme": {label: (FULL + flags, None) for label, flags in {
-            "DPO: `--toy`": "", "SEE-DPO: `--toy --gamma 0.5`": "--gamma 0.5",
-            "SFT: `--toy --method sft`": "--method sft",
-            "beta 2: `--toy --proxy --beta 2`": "--proxy --beta 2",
-            "beta 0.5: `--toy --proxy`": "--proxy",
-            "beta 0.25: `--toy --proxy --beta 0.25`":
-                "--proxy --beta 0.25"}.items()},
-        "a-draws": {(gamma, draws): (DRAWN.format(gamma, draws, 512 // draws), None)
-                    for gamma in (0, 0.5) for draws in DRAWS},
-        "b-beta": {beta: (SHORT + f"--beta {beta}", None) for beta in BETAS},
-        "c-gamma": {gamma: (SHORT + f"--gamma {gamma}", None) for gamma in GAMMAS}
-        | {("one mode", ratio): (SHORT + f"--gamma {ratio / 2}", "one mode") for ratio in RATIOS},
-        "d-few-pairs": {name: (FEW + flags.format(0.5, 1), None) for name, flags in FAIR.items()}
-        | {"SEE-DPO, exact margin": (FEW + FAIR["SEE-DPO"].format(0.5), "exact margin")},
-        "d-proxy": {name: (PROXY + flags.format(0.25, 0.5), None) for name, flags in FAIR.items()}
-        | {"SEE-DPO, exact margin": (PROXY + FAIR["SEE-DPO"].format(0.25), "exact margin")},
-        "e-noise": {gamma: (SHORT + f"--gamma {gamma}", "logits") for gamma in (0, 0.5)},
-        "f-weight": {change: (SHORT, change) for change in (
-            "linear betas", "linear betas, constant weight")},
-        "g-coverage": {(gamma, moved): (SHORT + f"--gamma {gamma}", float(moved))
-                       for gamma in (0, 0.5) for moved in MOVED},
-        "h-methods": {(method, beta): (ON_POLICY[method] + f"--beta {beta}", None)
-                      for method, betas in OWN_BETAS.items() for beta in betas}
-        | {("d3po, gamma 0.5", 1): (ON_POLICY["d3po"] + "--beta 1 --gamma 0.5", None),
-           ("spo, gamma 5", 10): (ON_POLICY["spo"] + "--beta 10 --gamma 5", None),
-           ("sft", None): (SHORT + "--method sft", None)}
-        | {(f"{method}, chance{more}", beta): (ON_POLICY[method] + f"--beta {beta}{flags}",
-                                              "Bradley-Terry")
-           for method, beta, gamma in (("d3po", 1, 0.5), ("spo", 10, 5))
-           for more, flags in (("", ""), (f", gamma {gamma}", f" --gamma {gamma}"))},
-        "i-drift": {"DPO": (FULL, None), "anchor 0.05": (FULL + "--anchor 0.05", None),
-                    "anchor 0.2": (FULL + "--anchor 0.2", None),
-                    "SFT on the preferred": (FULL, "SFT on the preferred"),
-                    "velocity": (FULL, "velocity"),
-                    "one draw": (ONE_DRAW, None),
-                    "distilled": (FULL, "distilled"),
-                    "anchor 0.05, distilled": (FULL + "--anchor 0.05", "distilled"),
-                    "SEE-DPO, gamma 0.5": (FULL + "--gamma 0.5", None),
-                    "SEE-DPO, gamma 0.5, anchor 0.05": (FULL + "--gamma 0.5 --anchor 0.05",
-                                                        None),
-                    "SEE-DPO, gamma 0.5, anchor 0.05, distilled":
-                        (FULL + "--gamma 0.5 --anchor 0.05", "distilled")},
-        "i-yardsticks": {change: (FULL, change) for change in YARDSTICKS},
-        "j-flow": {"epsilon": (FULL, None), "flow": (FULL + "--prediction flow", None)}}
+# ------------------------------------------------------------------------ the numbers on the screen
 
 
-# ------------------------------------------------------------------------------- tables and figures
+def print_numbers(found):
+    """The median of every number, and its range over the seeds."""
+    for name, settings in found.items():
+        for setting, runs in settings.items():
+            print(f"\n{name}: {setting}")
+            for key, value in runs[0].items():
+                if isinstance(value, float):
+                    values = [numbers[key] for numbers in runs]
+                    print(f"{key:26}{median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
 
 
-def spread(runs, name):
-    """Median, least and largest of a number over the seeds."""
-    values = [numbers[name] for numbers in runs]
-    return median(values), min(values), max(values)
-
-
-def cell(runs, name):
-    middle, low, high = spread(runs, name)
-    return f"{middle:.3f}" + (f" ({low:.3f} to {high:.3f})" if high - low > 5e-4 else "")
-
-
-def table(results, labels, columns):
-    lines = ["| setting | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(cell(results[label], name) for name in columns) + " |"
-              for label in labels]
-    return "\n".join(lines) + "\n"
-
-
-def line(ax, xs, runs, name, label, **style):
-    """Medians with the range over the seeds."""
-    middle, low, high = zip(*(spread(each, name) for each in runs), strict=True)
-    error = [[m - a for m, a in zip(middle, low, strict=True)],
-             [b - m for m, b in zip(middle, high, strict=True)]]
-    ax.errorbar(xs, middle, error, marker=".", capsize=3, label=label, **style)
-
-
-def figure(columns=2, width=11, height=4):
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-
-
-def finish(name, chart, *axes):
-    for ax in axes:
-        ax.legend(fontsize=8)
-    chart.savefig(OUT / f"{name}.png", dpi=80)
-    plt.close(chart)
-
-
-def frontier(ax, pairs, **style):
-    """Mean reward and entropy of p* for some (beta, gamma), in closed form."""
-    ring, points = dpo.Ring(None), []
-    for beta, gamma in pairs:
-        p, mean = dpo.toy_optimum(ring, beta, gamma)
-        points.append((dpo.entropy(p), mean(dpo.toy_reward)))
-    ax.plot(*zip(*points, strict=True), **style)
-
-
-def draw(found):
-    """All figures. found: {experiment: {label: [numbers of a seed, ...]}}."""
-    blue, orange, green, red = "tab:blue", "tab:orange", "tab:green", "tab:red"
-
-    chart, ax = figure(1, 6)
-    for gamma, colour in (0, blue), (0.5, orange):
-        runs = [found["a-draws"][gamma, draws] for draws in DRAWS]
-        line(ax, DRAWS, runs, "tv_policy", f"gamma {gamma}", c=colour)
-        ax.axhline(runs[0][0]["tv_floor"], c=colour, ls=":", lw=1)
-    ax.set(xscale="log", xticks=DRAWS, xticklabels=DRAWS, ylim=0, xlabel="draws per pair, K",
-           ylabel="TV to p*", title="512 draws per step, shared out")
-    finish("a-draws", chart, ax)
-
-    chart, (left, right) = figure()
-    line(left, BETAS, [found["b-beta"][beta] for beta in BETAS], "tv_policy", "policy")
-    left.set(xscale="log", xlabel="beta", ylabel="TV to p*", ylim=0, title="distance to p*")
-    betas = [(0.12 * 1.2**i, 0) for i in range(24)]
-    frontier(right, betas, c="black", lw=1, label="p*, closed form")
-    for beta in BETAS:
-        runs = found["b-beta"][beta]
-        right.plot([n["entropy_policy"] for n in runs], [n["reward_policy"] for n in runs], ".",
-                   label=f"policy, beta {beta}")
-    right.set(xlabel="entropy (nats)", ylabel="mean reward", title="reward against entropy")
-    finish("b-beta", chart, left, right)
-
-    chart, (left, right) = figure()
-    runs = [found["c-gamma"][gamma] for gamma in GAMMAS]
-    line(left, GAMMAS, runs, "entropy_policy", "policy", c=blue)
-    left.plot(GAMMAS, [each[0]["entropy_optimum"] for each in runs], "k--", label="p*")
-    left.set(xlabel="gamma (beta 0.5)", ylabel="entropy (nats)", title="the ring")
-    runs = [found["c-gamma"]["one mode", ratio] for ratio in RATIOS]
-    line(right, RATIOS, runs, "std", "policy", c=blue)
-    right.plot(RATIOS, [0.5 * math.sqrt(1 + ratio) for ratio in RATIOS], "k--",
-               label="std of p_ref times sqrt(1 + gamma/beta)")
-    right.set(xlabel="gamma / beta", ylabel="standard deviation", title="one Gaussian, no reward")
-    finish("c-gamma", chart, left, right)
-
-    for name, shown in ("d-few-pairs", ("tv_policy", "entropy_policy")), (
-            "d-proxy", ("reward_policy", "proxy_policy")):
-        chart, axes = figure()
-        for ax, what in zip(axes, shown, strict=True):
-            for (label, runs), colour in zip(found[name].items(), (blue, orange, green, red),
-                                             strict=True):
-                curves = [each["curve"] for each in runs]
-                points = list(zip(*curves, strict=True))
-                line(ax, [point[0]["step"] for point in points], points, what, label, c=colour)
-            if name == "d-proxy":
-                ax.axhline(runs[0][what.replace("policy", "reference")], c="gray", ls=":",
-                           label="reference")
-            ax.set(xlabel="step", title=what.replace("_", " of the "))
-        finish(name, chart, *axes)
-
-    chart, axes = figure()
-    for ax, gamma in zip(axes, (0, 0.5), strict=True):
-        runs = [each["logits"] for each in found["e-noise"][gamma]]
-        for place, shared in enumerate(runs[0]):
-            line(ax, [place], [runs], shared, f"shared: {shared}", ls="")
-        ax.set(xticks=[], ylim=0, ylabel="std of the logit over draws", title=f"gamma {gamma}")
-    finish("e-noise", chart, *axes)
-
-    chart, ax = figure(1, 6)
-    for gamma, colour in (0, blue), (0.5, orange):
-        line(ax, MOVED, [found["g-coverage"][gamma, moved] for moved in MOVED], "tv_policy",
-             f"gamma {gamma}", c=colour)
-    ax.set(xlabel="share of points off the reference", ylabel="TV to p*", ylim=0)
-    finish("g-coverage", chart, ax)
-
-    chart, ax = figure(1, 7, 5)
-    frontier(ax, betas, c="black", lw=1, label="p*, gamma 0")
-    gammas = [(0.5, 0.05 * i) for i in range(21)]
-    frontier(ax, gammas, c="gray", lw=1, label="p*, beta 0.5, gamma 0 to 1")
-    points = [("DPO", blue, [found["b-beta"][beta] for beta in BETAS]),
-              ("SEE-DPO, beta 0.5", "tab:cyan", [found["c-gamma"][gamma] for gamma in GAMMAS[1:]])]
-    points += [(name.upper(), colour, [found["h-methods"][name, beta] for beta in OWN_BETAS[name]])
-               for name, colour in (("d3po", green), ("spo", red))]
-    for name, colour, beta, gamma in ("d3po", "limegreen", 1, 0.5), ("spo", "salmon", 10, 5):
-        settings = [name + more for more in (f", gamma {gamma}", ", chance",
-                                             f", chance, gamma {gamma}")]
-        points += [(setting.upper().replace("GAMMA", "gamma").replace("CHANCE", "chance"), colour,
-                    [found["h-methods"][setting, beta]]) for setting in settings]
-    points.append(("SFT", "tab:purple", [found["h-methods"]["sft", None]]))
-    for label, colour, settings in points:
-        runs = [numbers for each in settings for numbers in each]
-        ax.plot([n["entropy_policy"] for n in runs], [n["reward_policy"] for n in runs], ".",
-                c=colour, label=label)
-    ax.set(xlabel="entropy (nats)", ylabel="mean reward", title="equal network calls, 3 seeds")
-    finish("h-methods", chart, ax)
-
-    maps = {"reference p_ref": (found["b-beta"][0.5], "reference"),
-            "optimum p*, beta 0.5": (found["b-beta"][0.5], "optimum"),
-            "DPO, beta 0.5": (found["readme"]["DPO: `--toy`"], "policy"),
-            "SEE-DPO, gamma 0.5": (found["readme"]["SEE-DPO: `--toy --gamma 0.5`"], "policy"),
-            "D3PO, beta 1": (found["h-methods"]["d3po", 1], "policy"),
-            "SPO, beta 10": (found["h-methods"]["spo", 10], "policy")}
-    draw_maps("methods", maps, "reward {reward:.2f}, entropy {entropy:.2f}")
-    drifted, anchored = found["i-drift"]["DPO"], found["i-drift"]["anchor 0.05"]
-    draw_maps("i-solvers", {"optimum p*": (drifted, "optimum"), "DPO, by DDPM": (drifted, "policy"),
-                            "DPO, by an ODE": (drifted, "policy_ode"),
-                            "anchor 0.05, by DDPM": (anchored, "policy"),
-                            "anchor 0.05, by an ODE": (anchored, "policy_ode")},
-              "TV to p* {tv:.2f}")
-
-    chart, ax = figure(1, 7)
-    for label, runs, which, style in (
-            ("reference", drifted, "reference", {"c": "gray"}), ("DPO", drifted, "policy",
-                                                                 {"c": blue}),
-            ("DPO, the common vector's part", drifted, "common", {"c": blue, "ls": ":"}),
-            ("one draw", found["i-drift"]["one draw"], "policy", {"c": orange}),
-            ("anchor 0.05", anchored, "policy", {"c": green})):
-        levels = [[{"nats": numbers["drift"][which][at]} for numbers in runs]
-                  for at in range(len(LEVELS))]
-        line(ax, LEVELS, levels, "nats", label, **style)
-    ax.set(yscale="log", xlabel="noise level t of 0 .. 99", ylabel="T omega |eps_hat - eps*|^2",
-           title="distance to the denoiser of p*, on its samples")
-    finish("i-drift", chart, ax)
-
-
-def draw_maps(name, maps, caption):
-    """Densities of the first seed side by side. maps: {title: (runs, whose)}."""
-    chart, axes = figure(len(maps), 2.5 * len(maps), 3)
-    for ax, (label, (runs, which)) in zip(axes, maps.items(), strict=True):
-        box, optimum = 2 * (-dpo.EXTENT, dpo.EXTENT), runs[0]["map"]["optimum"]
-        numbers = {what: runs[0][f"{what}_{which}"] for what in ("reward", "entropy", "tv")}
-        ax.imshow(torch.tensor(runs[0]["map"][which]).T, origin="lower", extent=box,
-                  vmax=max(map(max, optimum)))
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(f"{label}\n{caption.format(**numbers)}", fontsize=10)
-    chart.savefig(OUT / f"{name}.png", dpi=80)
-    plt.close(chart)
-
-
-def frame(title, tv, p, optimum):
-    """An image: the density p beside the optimum's, on one colour scale."""
-    both = torch.cat([p, optimum]).T.flip(0) / optimum.max()  # up is up
-    pixels = matplotlib.colormaps["viridis"](both.clamp(max=1).numpy(), bytes=True)[..., :3]
-    image = Image.fromarray(pixels).resize((600, 300), Image.Resampling.NEAREST)
-    for x, text in (8, f"{title}: TV {tv:.2f}"), (308, "optimum p*, closed form"):
-        ImageDraw.Draw(image).text((x, 6), text, "white", font_size=15)
-    return image.quantize(64)
-
-
-def draw_default_run(path):
-    """What `--toy` does: its figure, toy.png in `path`, and toy.gif, the policy on its way to p*.
-    """
-    frames, real = [], dpo.draw_picture
-
-    def picture(toy, file, rows, *measured):
-        if measured:  # the end, which is the last frame already
-            return real(toy, file, rows, *measured)
-        numbers, p = toy.measure()
-        if not frames:
-            frames.append(frame("reference", numbers["tv_reference"], p["reference"],
-                                p["optimum"]))
-        title = f"policy, step {int(file.stem[-8:])}"
-        frames.append(frame(title, numbers["tv_policy"], p["policy"], p["optimum"]))
-
-    with (mock.patch.object(dpo, "draw_picture", picture), tempfile.TemporaryDirectory() as out,
-          contextlib.redirect_stdout(io.StringIO())):
-        dpo.main(["--toy", "--sample-every", "100", "--out", f"{out}/toy"])
-        shutil.copy(Path(out, "toy", "toy.png"), path)
-    frames[0].save(path / "toy.gif", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[100] * (len(frames) - 1) + [3000])
-
-
-def write(found):
-    """A JSON file per experiment, and the tables."""
-    for name, labels in found.items():
-        rows = [{"setting": label, "seed": seed} | {
-            key: value for key, value in numbers.items() if key != "map"}
-            for label, runs in labels.items() for seed, numbers in zip(SEEDS, runs, strict=True)]
+def write_json(found):
+    """A file for each experiment, without the densities."""
+    for name, settings in found.items():
+        rows = []
+        for setting, runs in settings.items():
+            for seed, numbers in zip(SEEDS, runs, strict=True):
+                row = {"setting": setting, "seed": seed} | numbers
+                del row["map"]
+                rows.append(row)
         (OUT / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    readme = found["readme"]
-    dpo_sft, proxy = list(readme)[:3], list(readme)[3:]
-    end = ("tv_policy", "reward_policy", "entropy_policy")
-    solvers = ("tv_policy", "tv_policy_ode", "tv_floor", "nats_lost", "correlation")
-    print(table(readme, dpo_sft, ("tv_reference", "tv_policy", "tv_policy_ode", "tv_floor",
-                                  "reward_policy", "reward_optimum", "entropy_policy",
-                                  "entropy_optimum")))
-    print(table(readme, dpo_sft, ["held_out_" + name for name in (
-        "accuracy", "standard_error", "margin", "rise_w", "rise_l")]))
-    print(table(readme, proxy, ("reward_reference", "reward_policy", "reward_optimum",
-                                "proxy_reference", "proxy_policy")))
-    for name, columns in (("a-draws", ("tv_policy", "tv_floor", "reward_policy")),
-                          ("b-beta", (*end, "reward_optimum", "entropy_optimum")),
-                          ("f-weight", end), ("g-coverage", end), ("h-methods", end),
-                          ("j-flow", (*end, "tv_policy_ode")),
-                          ("i-drift", solvers)):
-        print(name + "\n" + table(found[name], found[name], columns))
-    for change, columns in ("exact denoiser", solvers), ("reward model", ("tv_policy",)):
-        print("i-yardsticks\n" + table(found["i-yardsticks"], [change], columns))
-    rings = {gamma: found["c-gamma"][gamma] for gamma in GAMMAS}
-    print("c-gamma\n" + table(rings, rings, (*end, "entropy_optimum", "tv_floor")))
-    print(table(found["c-gamma"], [("one mode", ratio) for ratio in RATIOS], ("std",)))
-    for name in "d-few-pairs", "d-proxy":
-        columns = end if name == "d-few-pairs" else ("reward_policy", "proxy_policy")
-        for at, when in (0, "1000 steps"), (-1, "6000 steps"):
-            rows = {label: [numbers["curve"][at] for numbers in runs]
-                    for label, runs in found[name].items()}
-            print(f"{name}, {when}\n" + table(rows, rows, columns))
-    rows = {gamma: [numbers["logits"] for numbers in found["e-noise"][gamma]] for gamma in (0, 0.5)}
-    print("e-noise\n" + table(rows, rows, list(rows[0][0])))
+
+
+# ------------------------------------------------------------------------------------- the figures
+
+
+@contextlib.contextmanager
+def new_figure(name, columns=2, width=11, height=4):
+    """The axes of a figure. In the end it gets its legends and is saved."""
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    yield axes
+    for ax in figure.axes:
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8)
+    figure.savefig(OUT / f"{name}.png", dpi=80)
+    plt.close(figure)
+
+
+def values_of(name, settings):
+    """[[number of a seed, ...], ...] of that name."""
+    return [[numbers[name] for numbers in runs] for runs in settings]
+
+
+def plot_medians(ax, xs, settings, label, **style):
+    """Medians at xs, with the range over the seeds. settings: [[number of a seed, ...], ...]."""
+    middle = [median(values) for values in settings]
+    below = [median(values) - min(values) for values in settings]
+    above = [max(values) - median(values) for values in settings]
+    ax.errorbar(xs, middle, [below, above], marker=".", capsize=3, label=label, **style)
+
+
+def plot_ends(ax, settings, label):
+    """A dot for every run: its entropy and its reward."""
+    entropies = sum(values_of("entropy_policy", settings), [])
+    rewards = sum(values_of("reward_policy", settings), [])
+    ax.plot(entropies, rewards, ".", label=label)
+    ax.set(xlabel="entropy (nats)", ylabel="mean reward")
+
+
+def plot_frontier(ax, settings, **style):
+    """Entropy and mean reward of p* for some (beta, gamma), in closed form."""
+    points = dpo.grid_points()
+    log_p_ref = dpo.Ring(None).log_prob(points)
+    reward = toy_reward(points)
+    entropies, rewards = [], []
+    for beta, gamma in settings:
+        log_p = (beta * log_p_ref + reward) / (beta + gamma)
+        p = log_p.double().softmax(0)
+        entropies.append(dpo.entropy(dpo.histogram(points, p)))
+        rewards.append((p * reward).sum().item())
+    ax.plot(entropies, rewards, lw=1, **style)
+
+
+MANY_BETAS = [(0.12 * 1.2**i, 0) for i in range(24)]
+
+
+def plot_draws(found):
+    with new_figure("a-draws", 1, 6) as ax:
+        for gamma in (0, 0.5):
+            settings = [found["a-draws"][gamma, draws] for draws in DRAWS]
+            plot_medians(ax, DRAWS, values_of("tv_policy", settings), f"gamma {gamma}")
+            ax.axhline(settings[0][0]["tv_floor"], c="gray", ls=":", lw=1)
+        ax.set(xscale="log", xticks=DRAWS, xticklabels=DRAWS, xlabel="draws per pair, K")
+        ax.set(ylim=0, ylabel="TV to p*", title="512 draws per step, shared out")
+
+
+def plot_beta(found):
+    settings = found["b-beta"]
+    with new_figure("b-beta") as (left, right):
+        plot_medians(left, BETAS, values_of("tv_policy", settings.values()), "policy")
+        left.set(xscale="log", xlabel="beta", ylabel="TV to p*", ylim=0, title="distance to p*")
+        plot_frontier(right, MANY_BETAS, c="black", label="p*, closed form")
+        for beta, runs in settings.items():
+            plot_ends(right, [runs], f"policy, beta {beta}")
+        right.set(title="reward against entropy")
+
+
+def plot_gamma(found):
+    found = found["c-gamma"]
+    with new_figure("c-gamma") as (left, right):
+        rings = [found[gamma] for gamma in GAMMAS]
+        plot_medians(left, GAMMAS, values_of("entropy_policy", rings), "policy")
+        left.plot(GAMMAS, [runs[0]["entropy_optimum"] for runs in rings], "k--", label="p*")
+        left.set(xlabel="gamma (beta 0.5)", ylabel="entropy (nats)", title="the ring")
+
+        one_mode = [found["one mode", ratio] for ratio in RATIOS]
+        plot_medians(right, RATIOS, values_of("std", one_mode), "policy")
+        closed_form = [0.5 * math.sqrt(1 + ratio) for ratio in RATIOS]
+        right.plot(RATIOS, closed_form, "k--", label="std of p_ref times sqrt(1 + gamma/beta)")
+        right.set(xlabel="gamma / beta", ylabel="standard deviation")
+        right.set(title="one Gaussian, no reward")
+
+
+def plot_entropy(found, name, shown):
+    """Two numbers over the steps of the runs of an experiment."""
+    with new_figure(name) as axes:
+        for ax, number in zip(axes, shown, strict=True):
+            for setting, runs in found[name].items():
+                points = list(zip(*[numbers["curve"] for numbers in runs], strict=True))
+                steps = [point[0]["step"] for point in points]
+                plot_medians(ax, steps, values_of(number, points), setting)
+            if name == "d-proxy":
+                reference = runs[0][number.replace("policy", "reference")]
+                ax.axhline(reference, c="gray", ls=":", label="reference")
+            ax.set(xlabel="step", title=number.replace("_", " of the "))
+
+
+def plot_noise(found):
+    with new_figure("e-noise") as axes:
+        for ax, (gamma, runs) in zip(axes, found["e-noise"].items(), strict=True):
+            for place, shared in enumerate(("t and eps", "t", "nothing")):
+                values = [numbers["logits"][shared] for numbers in runs]
+                plot_medians(ax, [place], [values], f"shared: {shared}", ls="")
+            ax.set(xticks=[], ylim=0, title=f"gamma {gamma}", ylabel="std of the logit over draws")
+
+
+def plot_methods(found):
+    with new_figure("h-methods", 1, 7, 5) as ax:
+        colours = matplotlib.colormaps["tab20"].colors  # dark and light by turns
+        ax.set_prop_cycle(color=colours[::2] + colours[1::2])
+        plot_frontier(ax, MANY_BETAS, c="black", label="p*, gamma 0")
+        many_gammas = [(0.5, 0.05 * i) for i in range(21)]
+        plot_frontier(ax, many_gammas, c="gray", label="p*, beta 0.5, gamma 0 to 1")
+        plot_ends(ax, found["b-beta"].values(), "dpo")
+        plot_ends(ax, [found["c-gamma"][gamma] for gamma in GAMMAS[1:]], "see-dpo, beta 0.5")
+
+        for (name, beta), runs in found["h-methods"].items():
+            plot_ends(ax, [runs], f"{name}, beta {beta}")
+        ax.set(title="equal network calls, 3 seeds")
+
+
+def plot_drift(found):
+    with new_figure("i-drift", 1, 7) as ax:
+        for label, setting, whose in (
+            ("reference", "DPO", "reference"),
+            ("DPO", "DPO", "policy"),
+            ("DPO, the common vector's part", "DPO", "common"),
+            ("one draw", "one draw", "policy"),
+            ("anchor 0.05", "anchor 0.05", "policy"),
+        ):
+            of_seeds = [numbers["drift"][whose] for numbers in found["i-drift"][setting]]
+            of_levels = list(zip(*of_seeds, strict=True))
+            plot_medians(ax, LEVELS, of_levels, label)
+        ax.set(yscale="log", xlabel="noise level t of 0 .. 99")
+        ax.set(ylabel="T omega |eps_hat - eps*|^2")
+        ax.set(title="distance to the denoiser of p*, on its samples")
+
+
+def plot_maps(found, name, maps):
+    """Densities of the first seed side by side. maps: {title: (experiment, setting, whose)}."""
+    with new_figure(name, len(maps), 2.5 * len(maps), 3.2) as axes:
+        for ax, (title, (experiment, setting, whose)) in zip(axes, maps.items(), strict=True):
+            numbers = found[experiment][setting][0]
+            p = torch.tensor(numbers["map"][whose])
+            brightest = torch.tensor(numbers["map"]["optimum"]).max()
+            box = (-dpo.EXTENT, dpo.EXTENT)
+            ax.imshow(p.T, origin="lower", extent=box + box, vmax=brightest)
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(
+                f"{title}\nTV to p* {numbers['tv_' + whose]:.2f},"
+                f" reward {numbers['reward_' + whose]:.2f},\n"
+                f"entropy {numbers['entropy_' + whose]:.2f}",
+                fontsize=9,
+            )
+
+
+METHODS = {
+    "reference p_ref": ("b-beta", 0.5, "reference"),
+    "optimum p*, beta 0.5": ("b-beta", 0.5, "optimum"),
+    "DPO, beta 0.5": ("readme", "DPO: `--toy`", "policy"),
+    "SEE-DPO, gamma 0.5": ("readme", "SEE-DPO: `--toy --gamma 0.5`", "policy"),
+    "D3PO, beta 1": ("h-methods", ("d3po", 1), "policy"),
+    "SPO, beta 10": ("h-methods", ("spo", 10), "policy"),
+}
+SOLVERS = {
+    "optimum p*": ("i-drift", "DPO", "optimum"),
+    "DPO, by DDPM": ("i-drift", "DPO", "policy"),
+    "DPO, by an ODE": ("i-drift", "DPO", "policy_ode"),
+    "anchor 0.05, by DDPM": ("i-drift", "anchor 0.05", "policy"),
+    "anchor 0.05, by an ODE": ("i-drift", "anchor 0.05", "policy_ode"),
+}
+
+
+def plot_all(found):
+    """All figures. found: {experiment: {setting: [numbers of a seed, ...]}}."""
+    plot_draws(found)
+    plot_beta(found)
+    plot_gamma(found)
+    plot_entropy(found, "d-few-pairs", ("tv_policy", "entropy_policy"))
+    plot_entropy(found, "d-proxy", ("reward_policy", "proxy_policy"))
+    plot_noise(found)
+    plot_methods(found)
+    plot_drift(found)
+    plot_maps(found, "methods", METHODS)
+    plot_maps(found, "i-solvers", SOLVERS)
+
+
+def film_default_run(folder):
+    """Run `--toy`. Its toy.png goes into `folder`, and toy.gif, the policy on its way to p*."""
+    with quiet_folder() as out:
+        dpo.main(["--toy", "--sample-every", "100", "--out", out])
+        shutil.copy(f"{out}/toy.png", folder)
+        frames = []
+        for path in sorted(Path(out, "samples").glob("*.png")):
+            picture = Image.open(path).convert("RGB")
+            width, height = picture.size
+            densities = picture.crop((width // 5, 0, 4 * width // 5, height // 2))
+            frames.append(densities.quantize(64))
+    frames[0].save(
+        folder / "toy.gif",
+        save_all=True,
+        append_images=frames[1:],
+        loop=0,
+        duration=[100] * (len(frames) - 1) + [3000],
+    )
 
 
 def main():
-    plan = experiments()
-    jobs = list(dict.fromkeys((*job, seed) for labels in plan.values() for job in labels.values()
-                              for seed in SEEDS))
-    jobs.sort(key=lambda job: not job[0].startswith((FULL, LONG)))  # the long ones first
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(jobs))) as pool:
-        done = dict(zip(jobs, tqdm(pool.imap(run, jobs), total=len(jobs), ncols=99, unit=" runs"),
-                        strict=True))
-    found = {name: {label: [done[*job, seed] for seed in SEEDS] for label, job in labels.items()}
-             for name, labels in plan.items()}
+    jobs = []
+    for settings in EXPERIMENTS.values():
+        for job in settings.values():
+            jobs += [job.but(seed=seed) for seed in SEEDS]
+    jobs = list(dict.fromkeys(jobs))  # a job that is in two experiments is run once
+
+    processes = min(os.cpu_count(), len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        numbers = list(tqdm(pool.imap(run, jobs), total=len(jobs), ncols=99, unit=" runs"))
+
+    found = {}
+    for name, settings in EXPERIMENTS.items():
+        found[name] = {
+            setting: [numbers[jobs.index(job.but(seed=seed))] for seed in SEEDS]
+            for setting, job in settings.items()
+        }
     OUT.mkdir(exist_ok=True)
-    write(found)
-    draw(found)
-    draw_default_run(HERE)
+    write_json(found)
+    print_numbers(found)
+    plot_all(found)
+    film_default_run(HERE)
 
 
 if __name__ == "__main__":
