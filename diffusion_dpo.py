@@ -34,8 +34,8 @@ Five steps lead there.
     approximation, since the gaps of the two bounds need not cancel.
  5. One draw of (t, eps) estimates the expectation: -e stands for log p_theta and -r for log p_ref.
     Put into R(x_w) - R(x_l) of step 3, they give the logit above. As -log sigmoid is convex, noise
-    in the logit makes the mean loss too large (Jensen's inequality). The mean of several draws in
-    place of one has less noise: --draws, which is 1 in the paper and 64 in the toy.
+    in the logit makes the mean loss too large (Jensen's inequality). The mean of several draws has
+    less noise. Their number, --draws, is 1 in the paper and 64 in the toy.
 
     paper            here                     shape
     x_0^w, x_0^l     x_w, x_l                 (B, *shape)   preferred, rejected (SD: latents)
@@ -82,7 +82,7 @@ WEIGHTS_FILE, LORA_FILE = "diffusion_pytorch_model.safetensors", "pytorch_lora_w
 
 
 class UserError(Exception):
-    """Something that the user can mend. The command prints it in one line and exits with code 2."""
+    """Something that the user can fix. The command prints it in one line and exits with code 2."""
 
 
 # ------------------------------------------------------------------------------- 1. The loss
@@ -117,19 +117,19 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 
 # --------------------------------------------------------------- 2. Noise, and the four errors
 #
-# What is trained is a "task": Toy in part 3 or StableDiffusion in part 8. A task has
+# train() takes a "task": Toy in part 3 or StableDiffusion in part 8. A task has
 #   policy, reference        called as (x_t (N, *shape), t (N,), **cond) -> (N, *shape)
 #   prediction               what they predict: "epsilon", "v_prediction", or "flow" (eps - x_0)
-#   alphas_cumprod, weight   (T,) each; and shape, that of one x_0
-#   pairs, held_out          pairs by (epoch, row), since their crop, flip and noise depend on both
+#   alphas_cumprod, weight   (T,) each; shape is that of one x_0
+#   pairs, held_out          pairs[epoch, row]: crop, flip and noise of a pair depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
 #   cfg, subfolder, sources, save(folder), load(folder)   for part 5, which writes checkpoints
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,). With this weight, the error of one draw estimates minus the ELBO, in nats.
 
-    The ELBO is a sum of KLs between Gaussians (DDPM, arXiv:2006.11239, Eq. 5, 8 and 12). With the
-    posterior's variance each is omega_t ||eps - eps_hat||^2, omega_t = (SNR_{t-1} / SNR_t - 1) / 2.
+    The ELBO is a sum of KLs between Gaussians (DDPM, arXiv:2006.11239, Eq. 5). With the variance of
+    Eq. 7, each is Eq. 12's squared error with the factor omega_t = (SNR_{t-1} / SNR_t - 1) / 2.
     The term of t = 0 is a decoder. We choose its variance such that omega_0 = omega_1.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)  # (T,)
@@ -154,10 +154,10 @@ def draw_noise(seed, epoch, row, draws, T, shape):
     return torch.cat([t, t])[:draws], torch.cat([eps, -eps])[:draws]
 
 def signal_and_noise(abar_t, prediction):
-    """a_t and s_t of x_t = a_t x_0 + s_t eps, fp32. In a flow both are scaled to a_t + s_t = 1."""
+    """a_t and s_t of x_t = a_t x_0 + s_t eps, fp32. For a flow both are scaled to a_t + s_t = 1."""
     a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
     total = a_t + s_t if prediction == "flow" else 1
-    return (a_t / total).float(), (s_t / total).float()  # SD3's abar_t is fp64
+    return (a_t / total).float(), (s_t / total).float()
 
 def pair_errors(task, x_w, x_l, t, eps, cond):
     """err_w, err_l, ref_err_w, ref_err_l, (B,) fp32 each: what dpo_loss takes.
@@ -167,8 +167,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     # Both images and all draws are one batch. The images of a pair share t and eps, as in the
     # released code (Eq. 14 has an eps for each). This takes noise out of the logit: in the toy its
     # standard deviation over draws is 1.32 like this, 2.44 if only t is shared, and 4.11 if nothing
-    # is. The gamma term needs it, too: it has no reference to cancel what t adds to an error, but
-    # with a shared t the two images cancel it.
+    # is. The gamma term has no reference that would cancel the size of an error at level t. With a
+    # shared t, the two images do.
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape)
     cond = {name: value.repeat_interleave(K, 0) for name, value in cond.items()}  # (2BK, ...)
@@ -186,7 +186,7 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
 
     def errors(network):
         output = network(x_t, t, **cond)  # (2BK, *shape), perhaps in bf16, while target is fp32
-        squared = (output - target).square().flatten(1).sum(1)  # (2BK,) fp32: bf16 would add 0.6
+        squared = (output - target).square().flatten(1).sum(1)  # (2BK,) fp32, as is target
         return (task.weight[t] * squared).view(2, B, K).mean(2)  # the mean over draws: (2, B)
 
     with torch.no_grad():  # the reference goes first, while no activations are held
@@ -195,7 +195,7 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     return err_w, err_l, ref_err_w, ref_err_l
 
 def autocast(task):
-    """Inside of it, --precision bf16 computes in bf16. Trained weights stay fp32."""
+    """Inside it, --precision bf16 computes in bf16. Trained weights stay fp32."""
     return torch.autocast(task.weight.device.type, torch.bfloat16, task.cfg.precision == "bf16")
 
 def batch_errors(task, batch, draws, seed):
@@ -212,7 +212,7 @@ def batch_errors(task, batch, draws, seed):
 # ---------------------------------------------------------- 3. The toy, whose answer is known
 #
 # The reference is a ring of eight Gaussians. With noise it is still eight Gaussians, so its best
-# denoiser is known exactly. The reward is known too, and so is p*. All its numbers are ours.
+# denoiser is known exactly. The reward is known too, and so is p*. The toy is not in the papers.
 
 class Ring:
     """Eight Gaussians on a circle, and their exact denoiser."""
@@ -280,7 +280,7 @@ class ToyPairs:
 
     def __getitem__(self, key):
         epoch, row = key
-        return {"epoch": epoch, "row": row, "unreadable": 0.0,  # as images may be (part 7)
+        return {"epoch": epoch, "row": row, "unreadable": 0.0,  # only images can be (part 7)
                 "x_w": self.x_w[row], "x_l": self.x_l[row]}
 
 
@@ -340,7 +340,7 @@ def dpo_step(task, batch, cfg):
     errors = batch_errors(task, batch, cfg.draws, cfg.seed)
     losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
     if cfg.method == "sft":  # the paper's baseline: plain denoising of the preferred image
-        losses = 2 * errors[0]  # twice half a mean square (images, part 8): the usual loss
+        losses = 2 * errors[0]  # for images, the 2 cancels the 1/2 in the weight (part 8)
 
     # Divided by the whole batch, the gradients add up to that of the batch's mean loss.
     losses = losses * (1 - batch["unreadable"].to(losses))  # a blank pair teaches nothing
@@ -351,8 +351,8 @@ def micro_batch_keys(n, cfg, first_step, rank, world):
     """The (epoch, row) of the pairs in each micro-batch of one process.
 
     In one endless sequence, pair number i is in epoch i // n, at place i % n of its shuffle. Step s
-    takes the numbers s * batch to (s + 1) * batch. So it has the same data on any number of
-    processes and after any restart.
+    takes the `batch` numbers from s * batch on. So it has the same data on any number of processes
+    and after any restart.
     """
     @functools.lru_cache(maxsize=4)
     def order(epoch):
@@ -408,7 +408,7 @@ def train(task, cfg, micro_step=dpo_step):
     return run.rows
 
 
-# ------------------------------------------ 5. Beside the loop: processes, checkpoints, metrics
+# ------------------------------------------ 5. Around the loop: processes, checkpoints, metrics
 
 def rank_and_world():
     """The number of this process, and how many processes there are."""
@@ -442,7 +442,7 @@ def start_processes(use_gpu):
     if use_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        # After a restart by torchrun the store has addresses of dead processes: use own keys.
+        # After a restart torchrun's store has addresses of dead processes: a prefix hides them.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
@@ -474,7 +474,7 @@ def first_line(error):
 
 @contextmanager
 def atomic_write(path):
-    """A free place for a file or folder, which is renamed to `path` once written. OSError."""
+    """A free place for a file or folder, renamed to `path` once it is written. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # if an earlier process died while it wrote
@@ -491,7 +491,7 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 def save_checkpoint(out, task, optimizer, step):
-    """Write out/checkpoint-STEP and keep the two written last. Process 0 writes, others wait."""
+    """Write out/checkpoint-STEP; keep the two written last (torn ones may have higher steps)."""
     if is_main() and step > 0:
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
             task.save(folder / task.subfolder)
@@ -516,10 +516,10 @@ def load_checkpoint(out, task, optimizer):
     if folders and step == 0:
         raise UserError(f"--out {out}: none of its checkpoints can be read")
 
-    # All processes should be where this one is. Compare the step and a number of every tensor.
+    # All processes should be where this one is. Compare the step and each tensor's first number.
     here = [step] + [p.flatten()[0].item() for p in task.policy.parameters()]
     if any(there != here for there in gather(here)):
-        raise UserError(f"--out {out}: all processes should read one disk, and the same --model")
+        raise UserError(f"--out {out}: all processes should share one disk and one --model")
     return step
 
 
@@ -556,7 +556,7 @@ class Run:
         write_json(self.out / "config.json", {"config": asdict(cfg), "sources": sources})
 
     def read_rows(self):
-        """Keep the rows of metrics.jsonl for the steps done before. The others come again."""
+        """Keep the rows of metrics.jsonl for the steps done before. Later ones are redone."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
@@ -565,11 +565,11 @@ class Run:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def is_due(self, every, step):
-        """True at every so many steps and at the end. Never if `every` is 0."""
+        """True every `every` steps and at the end; never if `every` is 0."""
         return every > 0 and step > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def save_and_evaluate(self, step):
-        """Save, picture and evaluate the policy after `step` steps, if it is due."""
+        """Save, plot and evaluate the policy after `step` steps, if it is due."""
         cfg = self.cfg
         if self.is_due(cfg.save_every, step) and step > self.first_step:
             self.save(step)
@@ -592,7 +592,7 @@ class Run:
         """Leave after Ctrl-C or SIGTERM, on all processes if one of them got it."""
         number = max(gather(max(self.signals, default=0)))  # of any process; 0 if there was none
         if number:
-            print_once(f"\nSignal {number}: saving step {step}. The same command goes on from it.")
+            print_once(f"\nSignal {number}: saving step {step}. The same command resumes there.")
             self.leave(step, SystemExit(128 + number))
 
     def check(self, row):
@@ -600,7 +600,7 @@ class Run:
         step = row["step"]
         self.unreadable += row["unreadable"]
         if self.unreadable > max(1, (step + 1 - self.first_step) * self.cfg.batch / 100):
-            self.leave(step, UserError(f"--data {self.cfg.data}: over 1 % of it is unreadable"))
+            self.leave(step, UserError(f"--data {self.cfg.data}: over 1% of it is unreadable"))
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             self.leave(step, UserError(f"--lr {self.cfg.lr:g}: too high? Step {step} has {row}"))
 
@@ -625,11 +625,11 @@ class Run:
             signal.signal(number, handler)
 
 
-def save_picture(task, path, rows, *numbers_and_densities):
-    """Let toy/figure.py picture the reference and the policy. If that fails, the run goes on."""
+def save_picture(task, path, rows, *measured):
+    """Let toy/figure.py plot reference and policy. `measured`: what measure_toy() returned."""
     try:
         from toy import figure
-        figure.draw(task, path, rows, *numbers_and_densities)
+        figure.draw(task, path, rows, *measured)
     except Exception as error:
         print(f"\nWARNING     no figure {path}: {first_line(error)}")
 
@@ -648,7 +648,7 @@ def evaluate(task):
     cfg, n = task.cfg, len(task.held_out)
     rank, world = rank_and_world()
     keys = [(HELD_OUT, row) for row in range(rank, n, world)]
-    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # at least one pair at a time
+    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # as in training, or one pair
     batches = load_batches(task.held_out, BatchSampler(keys, size, drop_last=False), cfg)
 
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
@@ -668,7 +668,7 @@ def load_weights(task, named):
     try:
         task.load(folder)
     except Exception as error:  # no such file, a torn file, weights of another model
-        raise UserError(f"{folder}: its weights should fit --model: {first_line(error)}") from error
+        raise UserError(f"{folder}: cannot be loaded into --model: {first_line(error)}") from error
     return folder
 
 def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
@@ -694,7 +694,7 @@ def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
     return x
 
 
-EXTENT, BINS, FINE = 5.0, 30, 8  # [-EXTENT, EXTENT]^2 in BINS x BINS squares of FINE x FINE points
+EXTENT, BINS, FINE = 5.0, 30, 8  # half the width; squares per side; points per side of a square
 
 def grid_points():
     """Points (N, 2) of a fine grid. A known density becomes weights (N,) on them, of sum 1."""
@@ -708,7 +708,7 @@ def histogram(x, weight):
     return torch.histogramdd(x.double(), BINS, range=box, weight=weight.double()).hist
 
 def total_variation(p, q):
-    """Half the sum of |p - q|: 0 if they are equal, 1 if disjoint. What is off the grid counts."""
+    """Half the sum of |p - q|: 0 if they are equal, 1 if disjoint. Mass off the grid counts."""
     return ((p - q).abs().sum() + (p.sum() - q.sum()).abs()).item() / 2
 
 def entropy(p):
@@ -719,7 +719,7 @@ def entropy(p):
 def measure_toy(toy, samples=50_000):
     """Compare reference, optimum and policy: numbers, and densities {name: (BINS, BINS)}.
 
-    The policy is sampled by DDPM and by an ODE. tv_floor is what samples of p* itself have.
+    The policy is sampled by DDPM and by an ODE. tv_floor is the TV of samples of p* itself.
     """
     gen = seeded_generator(toy.cfg.seed, "toy report")
     points = grid_points()
@@ -748,7 +748,7 @@ def report_toy(toy, rows):
         print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          "policy is sampled by DDPM, policy_ode by an ODE; the floor is what samples of p* have")
+          "policy is sampled by DDPM, policy_ode by an ODE; the floor is the TV of samples of p*")
     save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)
 
 
@@ -783,7 +783,7 @@ def load_pairs(data, split):
         table = datasets.load_dataset(source, data_files=files, split=split)
         fitting = [each for each in FORMATS if set(each) - {None} <= set(table.column_names)]
         if not fitting:
-            raise ValueError(f"columns {table.column_names}; they should be one of {FORMATS}")
+            raise ValueError(f"columns {table.column_names}; they should hold one of {FORMATS}")
         *columns, label = fitting[0]
         labels = table[label][:] if label else [1] * len(table)
         for value in set(labels) - {0, 0.5, 1, None}:
@@ -798,7 +798,7 @@ def read_image(value, root):
     """An upright RGB image from {"bytes": ..., "path": ...}, where a path begins in `root`.
 
     The data may come from a stranger. Raises PIL's errors for an image that cannot be read, and
-    ValueError for one that should not be: outside of `root`, too small or large, of an odd mode.
+    ValueError for one that is refused: outside `root`, too small or large, or of an odd mode.
     """
     if value["bytes"]:
         file = BytesIO(value["bytes"])
@@ -863,7 +863,7 @@ class ImagePairs:
         return {"prompt": prompt, "images": torch.stack(images)}
 
     def __getitem__(self, key):
-        """What read() returns. An unreadable pair is printed, made blank, and not counted."""
+        """What read() returns. An unreadable pair is reported, blanked, and not trained on."""
         epoch, row = key
         try:
             return self.read(epoch, row) | {"epoch": epoch, "row": row, "unreadable": 0.0}
@@ -889,7 +889,7 @@ def load_pipeline(model):
         library.utils.logging.set_verbosity_error()
     model = HUB.get(model, model)
     parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, of in parts if of == [None, None]]  # a T5, if it was saved as None
+    left_out = [name for name, of in parts if of == [None, None]]  # a T5 that was saved as None
     return diffusers.DiffusionPipeline.from_pretrained(
         model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
 
@@ -913,14 +913,14 @@ def read_schedule(pipe):
 
 
 class Denoiser(nn.Module):
-    """A network of diffusers, called like the toy's policy. For t it gets times[t], times (T,)."""
+    """A network of diffusers, called like the toy's policy. It gets times[t] for t; times: (T,)."""
 
     def __init__(self, network, times):
         super().__init__()
         self.network, self.times = network, times
 
     def forward(self, x_t, t, prompt, **added):
-        if self.times.dtype == torch.long:  # only a UNet has whole times; it takes a dict
+        if self.times.dtype == torch.long:  # a UNet, which wants a dict; SD3's times are floats
             added = {"added_cond_kwargs": added}
         times = self.times[t]
         return self.network(x_t, timestep=times, encoder_hidden_states=prompt, **added).sample
@@ -941,10 +941,10 @@ class StableDiffusion:
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
 
-        # The released code takes half the MEAN squared error, and beta = 2000 and 5000 refer to it.
-        # So T omega_t is 1 / (2d) for latents of d numbers. On the SUM of squares, as the equation
-        # has it, beta is then 2000 / (2d) = 0.061 for SD1.5 (d = 16,384), and 5000 / (2d) = 0.038
-        # for SDXL (d = 65,536), a weaker pull. (5000 on SD1.5: 0.153.) Without the half, halve it.
+        # The released code takes half the MEAN squared error of latents of d numbers, and its betas
+        # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d). On the SUM of squares, as in the
+        # equation, beta would be 2000 / (2d) = 0.061 for SD1.5 (d = 16,384; 0.153 for 5000) and
+        # 5000 / (2d) = 0.038 for SDXL (d = 65,536). Code without the half needs half the beta.
         T = len(alphas_cumprod)
         self.weight = torch.full((T,), 1 / (2 * math.prod(self.shape)), device=device)
 
@@ -955,17 +955,17 @@ class StableDiffusion:
         self.policy = Denoiser(network, times)
         if cfg.lora:
             self.add_adapters(network)
-            base, self.reference = network, self.without_adapters
+            frozen, self.reference = network, self.without_adapters
         else:
-            base = deepcopy(network).requires_grad_(False)
-            self.reference = Denoiser(base, times)
+            frozen = deepcopy(network).requires_grad_(False)
+            self.reference = Denoiser(frozen, times)
         if cfg.checkpointing:
             network.enable_gradient_checkpointing()
 
         # Frozen weights are rounded to bf16 once, instead of at every use. Trained weights stay in
         # fp32: near 0.02, neighbours in bf16 are 1.2e-4 apart, so a step of 2e-5 would be lost.
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        for module in base.modules():
+        for module in frozen.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
         for name, part in pipe.components.items():
@@ -974,7 +974,7 @@ class StableDiffusion:
         # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
         pipe.vae.float().requires_grad_(False).enable_slicing()
         pipe.to(device)
-        base.to(device)
+        frozen.to(device)
 
     def add_adapters(self, network):
         """Freeze a network and add LoRA adapters to it. They start at 0 and are trained in fp32."""
@@ -1006,7 +1006,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        """What the network takes beside x_t and t, for B prompts: {name: (B, ...)}."""
+        """What the network takes besides x_t and t, for B prompts: {name: (B, ...)}."""
         is_sd3 = self.prediction == "flow"
         others = [None, None] if is_sd3 else []  # SD3's other two encoders get the same prompts
         prompt, _, *rest = self.pipe.encode_prompt(
@@ -1056,7 +1056,7 @@ class StableDiffusion:
 
 @dataclass
 class Config:
-    """All settings. A field's comment makes it a flag (in parse), with this help and source."""
+    """All settings. parse() makes a flag of each field with a comment, which is its --help."""
     model: str = "sd15"
     preset: str = "sd15"
     method: Literal["dpo", "sft"] = "dpo"  # dpo, or sft: the baseline of paper 5.5
@@ -1080,7 +1080,7 @@ class Config:
     precision: Literal["bf16", "fp32"] = PRECISION  # bf16 on a GPU, fp32 on a CPU (ours)
     checkpointing: bool = False  # less memory for a quarter more time (released launchers)
     seed: int = 0  # the same seed and --batch give the same run
-    out: str = None  # folder, from which the same command goes on; None: runs/MODEL
+    out: str = None  # run folder; the same command resumes from it; None: runs/MODEL
     save_every: int = 100  # steps between checkpoints; two are kept (ours)
     eval_every: int = 0  # steps between evaluations on --eval-split; 0: none (ours)
     sample_every: int = 250  # steps between pictures of reference and policy; 0: none (ours)
@@ -1107,10 +1107,10 @@ POSITIVE = {"beta", "draws", "steps", "batch", "micro_batch", "save_every", "res
 SHARES = {"caption_dropout", "warmup", "decay"}
 
 def default_rate(cfg):
-    """The learning rate, for SD1.5 and SDXL made for a batch of 2048 pairs. Raises UserError.
+    """The default learning rate (SD1.5, SDXL: for a batch of 2048 pairs). Raises UserError.
 
-    The paper prints 2.048e-8 * 2000 / beta. Its launchers run 2.048e-5, at beta 5000, and so did
-    all who reproduced it. Ours is 2.048e-5 * 2000 / beta: at 5000 only 8.2e-6, 0.4 of theirs. How
+    The paper prints 2.048e-8 * 2000 / beta. Its launchers used 2.048e-5, at beta 5000, as did all
+    who reproduced it. Ours is 2.048e-5 * 2000 / beta: at 5000 only 8.2e-6, 0.4 of theirs. How
     it should fall with the batch was not measured for DPO. For Adam in general, theory says with
     the square root of the batch (arXiv:2205.10287).
     """
@@ -1118,7 +1118,7 @@ def default_rate(cfg):
         raise UserError("--lora 0: it needs --lr, because the default 3e-4 is for adapters")
     if cfg.preset == "sd35":
         return 3e-4
-    return 2.048e-6 if cfg.method == "sft" else 2.048e-5 * 2000 / cfg.beta  # 2048 * 1e-9 (5.5)
+    return 2.048e-6 if cfg.method == "sft" else 2.048e-5 * 2000 / cfg.beta  # sft: 2048e-9
 
 def find_preset(model):
     """Which of PRESETS fits `model`. A folder or hub id tells it by the class of its pipeline."""
@@ -1128,7 +1128,7 @@ def find_preset(model):
     try:
         return PIPELINES[DiffusionPipeline.load_config(model)["_class_name"]]
     except Exception as error:  # the hub's errors have no common base class
-        raise UserError(f"--model {model}: no SD1.5, SDXL or SD3: {first_line(error)}") from error
+        raise UserError(f"--model {model}: not SD1.5, SDXL or SD3: {first_line(error)}") from error
 
 def parse(argv=None, config=Config, presets=PRESETS):
     """The command line as a `config` in which every default is settled. Raises UserError."""
@@ -1136,7 +1136,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
         raise UserError(message)
     parser = argparse.ArgumentParser(
         usage="%(prog)s (--toy | --model X) [flags]", description=__doc__.splitlines()[0],
-        epilog="In parentheses: the source of a default, a section of the paper (arXiv:2311.12908),"
+        epilog="Parentheses name a default's source: a section of the paper (arXiv:2311.12908),"
                f" its released code, or ours. The models' own defaults: {presets}",
         allow_abbrev=False)
     parser.error = refuse
@@ -1144,7 +1144,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     models.add_argument("--toy", action="store_const", const="toy", dest="model")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
-    # A line `name: type = default  # meaning` becomes --name. A subclass may override it.
+    # A line `name: type = default  # meaning` becomes --name. (toy/on_policy.py has a subclass.)
     source = "".join(inspect.getsource(each) for each in reversed(config.__mro__[:-1]))
     for name, meaning in dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M)).items():
         kind, default = config.__dataclass_fields__[name].type, getattr(config, name)
@@ -1169,7 +1169,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     return cfg
 
 def check_flags(cfg):
-    """Raise UserError for a flag that means nothing or does not fit the others. Fit micro_batch."""
+    """Raise UserError for a flag that means nothing or does not fit others. Sets micro_batch."""
     for name, value in asdict(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         least = 1e-9 if name in POSITIVE else 0
@@ -1181,11 +1181,11 @@ def check_flags(cfg):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch % world and cfg.evaluate is None:
         raise UserError(f"--batch {cfg.batch}: it should be a multiple of the {world} processes")
-    cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)  # to fill the batch
+    cfg.micro_batch = math.gcd(cfg.batch // world, cfg.micro_batch)  # so that it divides the batch
     if cfg.resolution % 16:
         raise UserError(f"--resolution {cfg.resolution}: it should be a multiple of 16")
     if cfg.model != "toy" and not cfg.eval_split and (cfg.eval_every or cfg.evaluate is not None):
-        raise UserError("--eval-split is missing: pairs to evaluate on, which are not trained on")
+        raise UserError("--eval-split is missing; it names the held-out pairs to evaluate on")
 
 def check_out(cfg):
     """Raise UserError unless --out is new or empty, or holds this very run."""
@@ -1195,7 +1195,7 @@ def check_out(cfg):
     try:
         there = dict(json.loads((out / "config.json").read_text())["config"])
     except Exception as error:  # no such file, or a file of another kind
-        raise UserError(f"--out {out}: it holds no run; name a new folder") from error
+        raise UserError(f"--out {out}: it holds files but no run; name a new folder") from error
     here = asdict(cfg)
     differences = [f"{name} is {there.get(name)} there, {here[name]} here"
                    for name in sorted(here.keys() - MAY_CHANGE) if there.get(name) != here[name]]
@@ -1224,7 +1224,7 @@ def main(argv=None):
         print_once(json.dumps({"policy": str(policy)} | evaluate(task), indent=1))
 
 def run_command(main):
-    """Call main() and leave the process. What the user can mend is one line, and exit code 2."""
+    """Call main() and leave the process. What the user can fix gives one line and exit code 2."""
     code = 0
     try:
         main()
