@@ -185,8 +185,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     target = targets[task.prediction]
 
     def errors(network):
-        output = network(x_t, t, **cond)  # (2BK, *shape), perhaps in bf16, while target is fp32
-        squared = (output - target).square().flatten(1).sum(1)  # (2BK,) fp32, as is target
+        output = network(x_t, t, **cond)  # perhaps in bf16; but target, and so squared, is in fp32
+        squared = (output - target).square().flatten(1).sum(1)  # (in bf16 a logit is off by 0.6)
         return (task.weight[t] * squared).view(2, B, K).mean(2)  # the mean over draws: (2, B)
 
     with torch.no_grad():  # the reference goes first, while no activations are held

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -56,24 +55,6 @@ def test_true_reward_by_hand():
         found, match = reward(image, [shapes.CAPTIONS[row]])
         wanted = -shapes.SCALE * distances[row].min().item()
         assert found.item() == pytest.approx(wanted, rel=1e-3) and match.item() == matches
-
-
-def test_labels_are_bradley_terry():
-    """The first of a pair is preferred with the probability sigmoid of the rewards' difference."""
-    first = torch.tensor([math.log(3), 0.0]).repeat_interleave(20_000)
-    labels = shapes.bradley_terry(first, torch.zeros(40_000), 0).view(2, -1)
-    assert labels.mean(1).tolist() == pytest.approx([0.75, 0.5], abs=0.015)
-
-
-def test_pairs_are_labelled_by_the_true_reward(base):
-    """It is that of the images in the file."""
-    table, columns, labels = dpo.load_pairs(str(base / "pairs.parquet"), "train")
-    caption, *sides = columns
-    rewards = []
-    for side in sides:
-        images = [dpo.read_image(row[side], None) for row in table]
-        rewards.append(shapes_study.by_true_reward(images, table[caption][:])[0])
-    assert labels == shapes.bradley_terry(*rewards, 0).tolist()
 
 
 def test_a_run_on_shapes(base, tmp_path, capsys):
