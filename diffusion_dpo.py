@@ -41,7 +41,7 @@ Five steps lead there.
     x_0^w, x_0^l     x_w, x_l                 (B, *shape)   preferred, rejected (SD: latents)
     t, eps           t, eps                   (B, K, ...)   K draws per pair, t in 0 .. T-1
     abar_t           alphas_cumprod[t]        (T,)          signal-to-noise: abar_t / (1 - abar_t)
-    T omega_t        weight[t]                (T,)
+    T omega_t        weight[t]                (T,)          toy: the ELBO's; images: 1 / (2d)
     e_w, r_w, ...    err_w, ref_err_w, ...    (B,)          weighted errors
 
 In comments, the "released code" is the one that the paper's authors published (Salesforce's).
@@ -120,7 +120,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 # train() takes a "task": Toy in part 3 or StableDiffusion in part 8. A task has
 #   policy, reference        called as (x_t (N, *shape), t (N,), **cond) -> (N, *shape)
 #   prediction               what they predict: "epsilon", "v_prediction", or "flow" (eps - x_0)
-#   alphas_cumprod, weight   (T,) each; shape is that of one x_0
+#   alphas_cumprod, weight, shape     (T,), (T,), and the shape of one x_0
 #   pairs, held_out          pairs[epoch, row]: crop, flip and noise of a pair depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
 #   cfg, subfolder, sources, save(folder), load(folder)   for part 5, which writes checkpoints
@@ -129,7 +129,7 @@ def elbo_weight(alphas_cumprod):
     """T omega_t (T,). With this weight, the error of one draw estimates minus the ELBO, in nats.
 
     The ELBO is a sum of KLs between Gaussians (DDPM, arXiv:2006.11239, Eq. 5). With the variance of
-    Eq. 7, each is Eq. 12's squared error with the factor omega_t = (SNR_{t-1} / SNR_t - 1) / 2.
+    Eq. 7, each is omega_t ||eps - eps_hat||^2, and omega_t = (SNR_{t-1} / SNR_t - 1) / 2.
     The term of t = 0 is a decoder. We choose its variance such that omega_0 = omega_1.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)  # (T,)
@@ -167,8 +167,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     # Both images and all draws are one batch. The images of a pair share t and eps, as in the
     # released code (Eq. 14 has an eps for each). This takes noise out of the logit: in the toy its
     # standard deviation over draws is 1.32 like this, 2.44 if only t is shared, and 4.11 if nothing
-    # is. The gamma term has no reference that would cancel the size of an error at level t. With a
-    # shared t, the two images do.
+    # is. In the gamma term no reference cancels the size of errors at level t. The other image
+    # does, as t is shared.
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape)
     cond = {name: value.repeat_interleave(K, 0) for name, value in cond.items()}  # (2BK, ...)
@@ -185,8 +185,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     target = targets[task.prediction]
 
     def errors(network):
-        output = network(x_t, t, **cond)  # perhaps in bf16; but target, and so squared, is in fp32
-        squared = (output - target).square().flatten(1).sum(1)  # (in bf16 a logit is off by 0.6)
+        output = network(x_t, t, **cond)  # bf16 or fp32; target is fp32
+        squared = (output - target).square().flatten(1).sum(1)  # fp32 (bf16: a logit is off by 0.6)
         return (task.weight[t] * squared).view(2, B, K).mean(2)  # the mean over draws: (2, B)
 
     with torch.no_grad():  # the reference goes first, while no activations are held
@@ -339,11 +339,11 @@ def dpo_step(task, batch, cfg):
     """Errors, loss and backward of one micro-batch. Returns its metric_sums."""
     errors = batch_errors(task, batch, cfg.draws, cfg.seed)
     losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
-    if cfg.method == "sft":  # the paper's baseline: plain denoising of the preferred image
+    if cfg.method == "sft":  # the baseline: denoise x_w; all else is for the metrics
         losses = 2 * errors[0]  # for images, the 2 cancels the 1/2 in the weight (part 8)
 
-    # Divided by the whole batch, the gradients add up to that of the batch's mean loss.
     losses = losses * (1 - batch["unreadable"].to(losses))  # a blank pair teaches nothing
+    # Divided by the whole batch, the gradients add up to that of the batch's mean loss.
     (losses.sum() / cfg.batch).backward()
     return metric_sums(batch, losses, logit, errors)
 
@@ -442,7 +442,7 @@ def start_processes(use_gpu):
     if use_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        # After a restart torchrun's store has addresses of dead processes: a prefix hides them.
+        # For torchrun --max-restarts: its store has addresses of the dead. A prefix hides them.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
@@ -474,7 +474,7 @@ def first_line(error):
 
 @contextmanager
 def atomic_write(path):
-    """A free place for a file or folder, renamed to `path` once it is written. Raises OSError."""
+    """Yield a path to write a file or folder at. Rename it to `path` at the end. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # if an earlier process died while it wrote
@@ -491,7 +491,7 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 def save_checkpoint(out, task, optimizer, step):
-    """Write out/checkpoint-STEP; keep the two written last (torn ones may have higher steps)."""
+    """Write out/checkpoint-STEP; keep the two written last (a torn one may have a higher step)."""
     if is_main() and step > 0:
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
             task.save(folder / task.subfolder)
@@ -648,7 +648,7 @@ def evaluate(task):
     cfg, n = task.cfg, len(task.held_out)
     rank, world = rank_and_world()
     keys = [(HELD_OUT, row) for row in range(rank, n, world)]
-    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # as in training, or one pair
+    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # about as many x_t as in training
     batches = load_batches(task.held_out, BatchSampler(keys, size, drop_last=False), cfg)
 
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
@@ -889,7 +889,7 @@ def load_pipeline(model):
         library.utils.logging.set_verbosity_error()
     model = HUB.get(model, model)
     parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, of in parts if of == [None, None]]  # a T5 that was saved as None
+    left_out = [name for name, kind in parts if kind == [None, None]]  # say a T5: passed as None
     return diffusers.DiffusionPipeline.from_pretrained(
         model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
 
@@ -920,7 +920,7 @@ class Denoiser(nn.Module):
         self.network, self.times = network, times
 
     def forward(self, x_t, t, prompt, **added):
-        if self.times.dtype == torch.long:  # a UNet, which wants a dict; SD3's times are floats
+        if self.times.dtype == torch.long:  # a UNet, which wants a dict (SD3: floats)
             added = {"added_cond_kwargs": added}
         times = self.times[t]
         return self.network(x_t, timestep=times, encoder_hidden_states=prompt, **added).sample
@@ -941,10 +941,10 @@ class StableDiffusion:
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
 
-        # The released code takes half the MEAN squared error of latents of d numbers, and its betas
-        # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d). On the SUM of squares, as in the
-        # equation, beta would be 2000 / (2d) = 0.061 for SD1.5 (d = 16,384; 0.153 for 5000) and
-        # 5000 / (2d) = 0.038 for SDXL (d = 65,536). Code without the half needs half the beta.
+        # Not the ELBO's weight: the released code takes half the MEAN squared error, and its betas
+        # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d), for latents of d numbers. On the
+        # SUM of squares, as in the equation, beta is 2000 / (2d) = 0.061 for SD1.5 (d = 16,384) and
+        # 0.038 for SDXL (5000 and 65,536; 5000 on SD1.5: 0.153). Without the half, halve the beta.
         T = len(alphas_cumprod)
         self.weight = torch.full((T,), 1 / (2 * math.prod(self.shape)), device=device)
 
@@ -1014,7 +1014,7 @@ class StableDiffusion:
             do_classifier_free_guidance=False)
         if is_sd3:
             return {"prompt": prompt, "pooled_projections": rest[0]}
-        if not rest:  # SD1.5
+        if not rest:  # SD1.5 has no pooled embedding
             return {"prompt": prompt}
         pooled = rest[0]  # SDXL
         if self.pipe.config.force_zeros_for_empty_prompt:
@@ -1110,15 +1110,15 @@ def default_rate(cfg):
     """The default learning rate (SD1.5, SDXL: for a batch of 2048 pairs). Raises UserError.
 
     The paper prints 2.048e-8 * 2000 / beta. Its launchers used 2.048e-5, at beta 5000, as did all
-    who reproduced it. Ours is 2.048e-5 * 2000 / beta: at 5000 only 8.2e-6, 0.4 of theirs. How
-    it should fall with the batch was not measured for DPO. For Adam in general, theory says with
-    the square root of the batch (arXiv:2205.10287).
+    who reproduced it. Ours puts their number into the paper's rule: 8.2e-6 at 5000, 0.4 of theirs.
+    How it should fall with the batch was not measured for DPO. For Adam in general, theory says
+    with the square root of the batch (arXiv:2205.10287).
     """
     if cfg.preset == "sd35" and not cfg.lora and cfg.evaluate is None:
         raise UserError("--lora 0: it needs --lr, because the default 3e-4 is for adapters")
     if cfg.preset == "sd35":
         return 3e-4
-    return 2.048e-6 if cfg.method == "sft" else 2.048e-5 * 2000 / cfg.beta  # sft: 2048e-9
+    return 2.048e-6 if cfg.method == "sft" else 2.048e-5 * 2000 / cfg.beta  # sft: 1e-9 x 2048
 
 def find_preset(model):
     """Which of PRESETS fits `model`. A folder or hub id tells it by the class of its pipeline."""
@@ -1144,7 +1144,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     models.add_argument("--toy", action="store_const", const="toy", dest="model")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
-    # A line `name: type = default  # meaning` becomes --name. (toy/on_policy.py has a subclass.)
+    # Read the class's own text: a line `name: type = default  # meaning` becomes --name.
     source = "".join(inspect.getsource(each) for each in reversed(config.__mro__[:-1]))
     for name, meaning in dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M)).items():
         kind, default = config.__dataclass_fields__[name].type, getattr(config, name)
@@ -1230,7 +1230,7 @@ def run_command(main):
         main()
         gather(None)  # wait: gloo aborts if one process leaves while another is still at work
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        code = 2  # all processes find the same UserError; a disk may be full for one alone
+        code = 2  # all processes have the same UserError, so one prints it; other errors may differ
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"\nerror: {first_line(error)}", file=sys.stderr)
     except (KeyboardInterrupt, SystemExit) as stopped:

@@ -154,7 +154,7 @@ def settings(args):
     if model != run.get("model", model):
         raise dpo.UserError(f"--model {model}: --policy {args.policy} is of {run['model']}")
     if model == "toy":
-        raise dpo.UserError("--model toy: it has no images to score; see its results.json")
+        raise dpo.UserError("--model toy: it has no images to score; its run prints a table")
 
     flags = {"model": model, "lora": rank, "precision": args.precision,
              "resolution": args.resolution or run.get("resolution"), "lr": 0}
