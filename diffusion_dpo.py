@@ -1,7 +1,7 @@
 """Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SD3.5.
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
-    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # close to the paper's run
+    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings, nearly
 
 Diffusion-DPO (Wallace et al., CVPR 2024, arXiv:2311.12908) fine-tunes a diffusion model on pairs of
 images. Both images of a pair were made for the same prompt c; people preferred x_w and rejected
@@ -154,7 +154,7 @@ def draw_noise(seed, epoch, row, draws, T, shape):
     return torch.cat([t, t])[:draws], torch.cat([eps, -eps])[:draws]
 
 def signal_and_noise(abar_t, prediction):
-    """a_t and s_t of x_t = a_t x_0 + s_t eps, fp32. For a flow both are scaled to a_t + s_t = 1."""
+    """a_t and s_t of x_t = a_t x_0 + s_t eps, fp32. A flow keeps the SNR, but has a_t + s_t = 1."""
     a_t, s_t = abar_t.sqrt(), (1 - abar_t).sqrt()
     total = a_t + s_t if prediction == "flow" else 1
     return (a_t / total).float(), (s_t / total).float()
@@ -167,8 +167,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     # Both images and all draws are one batch. The images of a pair share t and eps, as in the
     # released code (Eq. 14 has an eps for each). This takes noise out of the logit: in the toy its
     # standard deviation over draws is 1.32 like this, 2.44 if only t is shared, and 4.11 if nothing
-    # is. In the gamma term no reference cancels the size of errors at level t. The other image
-    # does, as t is shared.
+    # is. The gamma term has no reference to cancel how large errors at level t are. The other
+    # image cancels it, as t is shared.
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape)
     cond = {name: value.repeat_interleave(K, 0) for name, value in cond.items()}  # (2BK, ...)
@@ -186,7 +186,7 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
 
     def errors(network):
         output = network(x_t, t, **cond)  # bf16 or fp32; target is fp32
-        squared = (output - target).square().flatten(1).sum(1)  # fp32 (bf16: a logit is off by 0.6)
+        squared = (output - target).square().flatten(1).sum(1)  # fp32; in bf16 a logit errs by 0.6
         return (task.weight[t] * squared).view(2, B, K).mean(2)  # the mean over draws: (2, B)
 
     with torch.no_grad():  # the reference goes first, while no activations are held
@@ -203,7 +203,7 @@ def batch_errors(task, batch, draws, seed):
     x_w, x_l, cond = task.encode(batch)
     keys = zip(batch["epoch"].tolist(), batch["row"].tolist(), strict=True)
     noise = [draw_noise(seed, epoch, row, draws, len(task.weight), task.shape)
-             for epoch, row in keys]  # B times t (K,) and eps (K, *shape)
+             for epoch, row in keys]  # B tuples: t (K,), eps (K, *shape)
     t, eps = (torch.stack(each).to(x_w.device) for each in zip(*noise, strict=True))
     with autocast(task):
         return pair_errors(task, x_w, x_l, t, eps, cond)
@@ -364,7 +364,7 @@ def micro_batch_keys(n, cfg, first_step, rank, world):
             yield [(i // n, order(i // n)[i % n]) for i in numbers]
 
 def learning_rate(step, cfg):
-    """Rises over the first share cfg.warmup of the steps, falls over the last share cfg.decay."""
+    """Rises over the share cfg.warmup of the steps, falls over the share cfg.decay at the end."""
     rising = (step + 1) / max(1, round(cfg.warmup * cfg.steps))
     falling = (cfg.steps - step) / max(1, round(cfg.decay * cfg.steps))
     return cfg.lr * min(1, rising, falling)
@@ -442,7 +442,7 @@ def start_processes(use_gpu):
     if use_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        # For torchrun --max-restarts: its store has addresses of the dead. A prefix hides them.
+        # After a restart torchrun's store still lists the ended processes. A prefix hides them.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
@@ -491,7 +491,7 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 def save_checkpoint(out, task, optimizer, step):
-    """Write out/checkpoint-STEP; keep the two written last (a torn one may have a higher step)."""
+    """Write out/checkpoint-STEP; keep the two written last (a torn file may have a higher step)."""
     if is_main() and step > 0:
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
             task.save(folder / task.subfolder)
@@ -686,7 +686,7 @@ def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
 def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
     """n samples (n, 2) of a denoiser, in one step per noise level. See ddim_step for eta."""
     x = torch.randn(n, 2, generator=gen)
-    abars = torch.cat([torch.ones(1), alphas_cumprod])  # (T + 1,): first that of x_0
+    abars = torch.cat([torch.ones(1), alphas_cumprod])  # (T + 1,): level t is abars[t + 1]
     for t in reversed(range(len(alphas_cumprod))):
         eps = denoiser(x, torch.full((n,), t))
         mean, std = ddim_step(x, eps, abars[t + 1], abars[t], eta)
@@ -889,7 +889,7 @@ def load_pipeline(model):
         library.utils.logging.set_verbosity_error()
     model = HUB.get(model, model)
     parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, kind in parts if kind == [None, None]]  # say a T5: passed as None
+    left_out = [name for name, kind in parts if kind == [None, None]]  # a T5, say: None
     return diffusers.DiffusionPipeline.from_pretrained(
         model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
 
@@ -913,14 +913,14 @@ def read_schedule(pipe):
 
 
 class Denoiser(nn.Module):
-    """A network of diffusers, called like the toy's policy. It gets times[t] for t; times: (T,)."""
+    """A network of diffusers, called like the toy's policy. times (T,) is what it calls level t."""
 
     def __init__(self, network, times):
         super().__init__()
         self.network, self.times = network, times
 
     def forward(self, x_t, t, prompt, **added):
-        if self.times.dtype == torch.long:  # a UNet, which wants a dict (SD3: floats)
+        if self.times.dtype == torch.long:  # whole numbers: a UNet, which wants a dict
             added = {"added_cond_kwargs": added}
         times = self.times[t]
         return self.network(x_t, timestep=times, encoder_hidden_states=prompt, **added).sample
@@ -944,7 +944,7 @@ class StableDiffusion:
         # Not the ELBO's weight: the released code takes half the MEAN squared error, and its betas
         # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d), for latents of d numbers. On the
         # SUM of squares, as in the equation, beta is 2000 / (2d) = 0.061 for SD1.5 (d = 16,384) and
-        # 0.038 for SDXL (5000 and 65,536; 5000 on SD1.5: 0.153). Without the half, halve the beta.
+        # 0.038 for SDXL (5000, d = 65,536). On SD1.5 5000 is 0.153. Without the half take beta / 2.
         T = len(alphas_cumprod)
         self.weight = torch.full((T,), 1 / (2 * math.prod(self.shape)), device=device)
 
@@ -1110,7 +1110,7 @@ def default_rate(cfg):
     """The default learning rate (SD1.5, SDXL: for a batch of 2048 pairs). Raises UserError.
 
     The paper prints 2.048e-8 * 2000 / beta. Its launchers used 2.048e-5, at beta 5000, as did all
-    who reproduced it. Ours puts their number into the paper's rule: 8.2e-6 at 5000, 0.4 of theirs.
+    who reproduced it. Ours is the paper's rule with their number: 8.2e-6 at 5000, 0.4 of theirs.
     How it should fall with the batch was not measured for DPO. For Adam in general, theory says
     with the square root of the batch (arXiv:2205.10287).
     """
@@ -1131,7 +1131,7 @@ def find_preset(model):
         raise UserError(f"--model {model}: not SD1.5, SDXL or SD3: {first_line(error)}") from error
 
 def parse(argv=None, config=Config, presets=PRESETS):
-    """The command line as a `config` in which every default is settled. Raises UserError."""
+    """The command line as a `config`, which toy/ subclasses for more flags. Raises UserError."""
     def refuse(message):  # in one line, where argparse would print its usage too
         raise UserError(message)
     parser = argparse.ArgumentParser(
