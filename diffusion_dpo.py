@@ -1073,7 +1073,7 @@ class Config:
     steps: int = 2000  # optimizer steps (released launchers)
     batch: int = 2048  # pairs per step, over all processes (paper 5.1)
     micro_batch: int = 4  # pairs per forward pass, at most; it should divide --batch (ours)
-    lr: float = None  # peak learning rate; None: 2.048e-5 * 2000 / beta, sd35 3e-4 (default_rate)
+    lr: float = None  # peak learning rate; None: 2.048e-5 * 2000 / beta, SD3.5 3e-4; LoRA: needed
     warmup: float = 0.25  # share of the steps in which the rate rises (paper 5.1)
     decay: float = 0.0  # share of the steps in which it falls to 0, at the end (paper)
     optimizer: Literal["adamw", "adafactor"] = "adamw"  # adamw or adafactor (paper 5.1)
@@ -1114,10 +1114,10 @@ def default_rate(cfg):
     How it should fall with the batch was not measured for DPO. For Adam in general, theory says
     with the square root of the batch (arXiv:2205.10287).
     """
-    if cfg.preset == "sd35" and not cfg.lora and cfg.evaluate is None:
-        raise UserError("--lora 0: it needs --lr, because the default 3e-4 is for adapters")
-    if cfg.preset == "sd35":
-        return 3e-4
+    if (cfg.preset == "sd35") != bool(cfg.lora) and cfg.evaluate is None:
+        raise UserError(f"--lr is missing: --lora {cfg.lora} has no default here")
+    if cfg.lora:
+        return 3e-4  # of SD3.5
     return 2.048e-6 if cfg.method == "sft" else 2.048e-5 * 2000 / cfg.beta  # sft: 1e-9 x 2048
 
 def find_preset(model):

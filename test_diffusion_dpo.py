@@ -813,7 +813,7 @@ def test_lora_run(tiny, tmp_path, kind, precision, layers):
 def test_readme_makes_kohyas_file(tiny, tmp_path, monkeypatch):
     """README's lines write adapters with kohya's names, and an alpha for each layer."""
     monkeypatch.chdir(tmp_path)
-    sd_task(tiny, "tiny-sdxl", "--lora 2").save(Path("runs/sdxl/lora"))
+    sd_task(tiny, "tiny-sdxl", "--lora 2 --lr 1").save(Path("runs/sdxl/lora"))
     lines = re.findall(r"^    ((?:from|lora|save).*)", (ROOT / "README.md").read_text(), re.M)
     exec("\n".join(lines), {})
     names = load_file("kohya.safetensors").keys()
@@ -823,7 +823,7 @@ def test_readme_makes_kohyas_file(tiny, tmp_path, monkeypatch):
 
 def test_adapters_start_by_the_seed(tiny):
     """The same seed makes the same adapters, on every process and after a restart."""
-    one, two, three = (adapters(sd_task(tiny, "tiny-sd15", f"--lora 2 --seed {seed}"))
+    one, two, three = (adapters(sd_task(tiny, "tiny-sd15", f"--lora 2 --lr 1 --seed {seed}"))
                        for seed in (5, 5, 7))
     assert same(one, two) and not same(one, three)
 
@@ -832,11 +832,11 @@ def test_other_adapters_are_refused(tiny, tmp_path):
     """Adapters of another rank, of another network or of few layers are not loaded. Those that fit
     are."""
     def load(kind, rank):
-        task = sd_task(tiny, f"tiny-{kind}", f"--lora {rank} --seed 1")
+        task = sd_task(tiny, f"tiny-{kind}", f"--lora {rank} --lr 1 --seed 1")
         dpo.load_weights(task, tmp_path)
         return adapters(task)
 
-    saved, file = sd_task(tiny, "tiny-sd15", "--lora 2"), tmp_path / dpo.LORA_FILE
+    saved, file = sd_task(tiny, "tiny-sd15", "--lora 2 --lr 1"), tmp_path / dpo.LORA_FILE
     saved.save(tmp_path)
     assert same(load("sd15", 2), adapters(saved))
     for kind, rank in (("sd15", 1), ("sdxl", 2), ("sd15", 2)):
@@ -1364,6 +1364,7 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --data {wrong}"
     ("--model sd15 --eval-every 3", "--eval-split"),
     ("--model sd15 --resolution 100", "--resolution 100"),
     ("--model sd35 --lora 0", "--lr"),
+    ("--model sd15 --lora 4", "--lr"),
     # folders of runs, weights and models
     ("--toy --out {wrong}/file.txt", "{wrong}/file.txt"),
     ("--toy --out {wrong}", "--out {wrong}"),

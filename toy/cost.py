@@ -83,6 +83,7 @@ class Config(dpo.Config):
     data: str = None  # hub id, parquet or JSON file, or folder [64 made-up pairs]
     out: str = "runs/cost"  # folder for time.json
     timed_steps: int = 10  # steps to time, after 2 that do not count
+    lr: float = 1e-5
 
 
 def parse(argv):

@@ -272,7 +272,7 @@ def image_task(tiny, monkeypatch, kind, flags):
 def test_sheet_shows_reference_and_policy(tiny, tmp_path, monkeypatch, lora):
     """The left column is the reference and the right one the policy, from the same noise. They are
     equal before training, and then only the right one changes."""
-    task = image_task(tiny, monkeypatch, "sd15", f"--lora {lora}")
+    task = image_task(tiny, monkeypatch, "sd15", f"--lora {lora} --lr 1")
     sheets = []
     for name in ("before.png", "after.png"):
         figure.draw(task, tmp_path / name, [])
@@ -288,7 +288,7 @@ def test_sheet_shows_reference_and_policy(tiny, tmp_path, monkeypatch, lora):
 
 def test_latents_are_not_rounded(tiny, monkeypatch):
     """With --precision bf16 the latents of an image stay in fp32 to the end."""
-    task = image_task(tiny, monkeypatch, "sdxl", "--precision bf16 --lora 2")
+    task = image_task(tiny, monkeypatch, "sdxl", "--precision bf16 --lora 2 --lr 1")
     vae = task.pipe.vae
     with mock.patch.object(vae, "decode", wraps=vae.decode) as decode:
         figure.sample_images(task, "policy", [("a cat", 0)])
@@ -299,7 +299,7 @@ def test_latents_are_not_rounded(tiny, monkeypatch):
 
 def test_a_failed_image_leaves_the_policy_in_place(tiny):
     """An error while the reference samples does not turn the policy into it."""
-    task = sd_task(tiny, "tiny-sd15", "--lora 2")
+    task = sd_task(tiny, "tiny-sd15", "--lora 2 --lr 1")
     change_weights(task)
     given = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 77, 32)
     before = task.policy(*given)
