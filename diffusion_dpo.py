@@ -1,7 +1,7 @@
 """Diffusion-DPO in one file: the loss, a toy whose answer is known, and training up to SD3.5.
 
     python diffusion_dpo.py --toy                                 # a laptop, about a minute
-    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # the paper's settings, nearly
+    torchrun --nproc_per_node 8 diffusion_dpo.py --model sdxl     # nearly the paper's (README)
 
 Diffusion-DPO (Wallace et al., CVPR 2024, arXiv:2311.12908) fine-tunes a diffusion model on pairs of
 images. Both images of a pair were made for the same prompt c; people preferred x_w and rejected
