@@ -167,8 +167,8 @@ def pair_errors(task, x_w, x_l, t, eps, cond):
     # Both images and all draws are one batch. The images of a pair share t and eps, as in the
     # released code (Eq. 14 has an eps for each). This takes noise out of the logit: in the toy its
     # standard deviation over draws is 1.32 like this, 2.44 if only t is shared, and 4.11 if nothing
-    # is. The gamma term has no reference to cancel how large errors at level t are. The other
-    # image cancels it, as t is shared.
+    # is. The gamma term has no reference to cancel the size of errors at level t. As t is shared,
+    # the other image does.
     B, K = t.shape
     x_0 = torch.cat([x_w, x_l]).repeat_interleave(K, 0)  # (2BK, *shape)
     cond = {name: value.repeat_interleave(K, 0) for name, value in cond.items()}  # (2BK, ...)
@@ -697,7 +697,7 @@ def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
 EXTENT, BINS, FINE = 5.0, 30, 8  # half the width; squares per side; points per side of a square
 
 def grid_points():
-    """Points (N, 2) of a fine grid. A known density becomes weights (N,) on them, of sum 1."""
+    """Points (N, 2) of a fine grid. measure_toy() gives them weights (N,), of sum 1."""
     n = BINS * FINE
     axis = EXTENT * ((2 * torch.arange(n) + 1) / n - 1)  # midpoints
     return torch.cartesian_prod(axis, axis)
@@ -748,7 +748,7 @@ def report_toy(toy, rows):
         print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          "policy is sampled by DDPM, policy_ode by an ODE; the floor is the TV of samples of p*")
+          f"policy: by DDPM; policy_ode: by an ODE; floor: samples of p*. See {toy.cfg.out}/toy.png")
     save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)
 
 
@@ -889,7 +889,7 @@ def load_pipeline(model):
         library.utils.logging.set_verbosity_error()
     model = HUB.get(model, model)
     parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, kind in parts if kind == [None, None]]  # a T5, say: None
+    left_out = [name for name, kind in parts if kind == [None, None]]  # such as a T5
     return diffusers.DiffusionPipeline.from_pretrained(
         model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
 
@@ -1144,7 +1144,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     models.add_argument("--toy", action="store_const", const="toy", dest="model")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
-    # Read the class's own text: a line `name: type = default  # meaning` becomes --name.
+    # Read the classes' own text, a later one wins: `name: type = default  # meaning` is --name.
     source = "".join(inspect.getsource(each) for each in reversed(config.__mro__[:-1]))
     for name, meaning in dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M)).items():
         kind, default = config.__dataclass_fields__[name].type, getattr(config, name)

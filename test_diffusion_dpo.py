@@ -1264,9 +1264,9 @@ def test_what_is_due_when(out, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "measure_toy", functools.partial(dpo.measure_toy, samples=100))
     monkeypatch.setattr("toy.figure.draw", None)
     dpo.main(f"{TOY} --save-every 3 --eval-every 3 --sample-every 5 --out {out}".split())
-    done = re.findall(r"checkpoint-\d+|step-\d+|toy.png", capsys.readouterr().out)
+    done = re.findall(r"checkpoint-\d+|step-\d+|toy.png:", capsys.readouterr().out)
     assert done == ["checkpoint-00000003", "step-00000005", "checkpoint-00000006",
-                    "step-00000008", "checkpoint-00000008", "toy.png"]
+                    "step-00000008", "checkpoint-00000008", "toy.png:"]
 
 
 def test_evaluate_images(tiny, out, capsys):
