@@ -748,7 +748,7 @@ def report_toy(toy, rows):
         print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          f"policy: by DDPM; policy_ode: by an ODE; floor: samples of p*. See {toy.cfg.out}/toy.png")
+          f"policy: by DDPM; policy_ode: by an ODE; floor: from p*. See {toy.cfg.out}/toy.png")
     save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)
 
 
