@@ -48,7 +48,11 @@ In comments, the "released code" is the one that the paper's authors published (
 """
 
 import argparse
+import fcntl
 import functools
+import glob
+import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -59,7 +63,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -73,7 +78,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 from tqdm import tqdm
 
 # diffusers, transformers, peft and datasets are imported where they are used: the toy starts fast.
@@ -123,7 +128,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 #   alphas_cumprod, weight, shape     (T,), (T,), and the shape of one x_0
 #   pairs, held_out          pairs[epoch, row]: crop, flip and noise of a pair depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
-#   cfg, subfolder, sources, save(folder), load(folder)   for part 5, which writes checkpoints
+#   cfg, subfolder, content(), save(folder), load(folder)   for part 5, which writes checkpoints
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,). With this weight, the error of one draw estimates minus the ELBO, in nats.
@@ -250,7 +255,9 @@ class ToyPolicy(nn.Module):
         self.ring = ring
         torch.manual_seed(seed)
         self.net = nn.Sequential(
-            nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+            nn.Linear(3, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, 2))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -288,7 +295,7 @@ class Toy:
     """The toy as a task, with T = 100 levels, linear in log SNR. toy/study.py has other rings."""
 
     subfolder = "policy"  # of --out, for the weights
-    prediction, shape, sources = "epsilon", (2,), None
+    prediction, shape = "epsilon", (2,)
 
     def __init__(self, cfg, ring=None, reward=toy_reward):
         self.cfg, self.reward = cfg, reward
@@ -303,6 +310,9 @@ class Toy:
         """log p* (N,) at x (N, 2), in closed form and up to a constant."""
         beta, gamma = self.cfg.beta, self.cfg.gamma
         return (beta * self.reference.log_prob(x) + self.reward(x)) / (beta + gamma)
+
+    def content(self):
+        return {}  # all of it follows from the settings
 
     def encode(self, batch):
         return batch["x_w"], batch["x_l"], {}
@@ -468,9 +478,24 @@ def make_optimizer(parameters, cfg):
     return Adafactor(parameters, lr=cfg.lr, weight_decay=0.01, clip_threshold=1.0,
                      scale_parameter=False, relative_step=False)
 
-def first_line(error):
-    """The first line of an error's message, or its type if it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def one_line(error):
+    """The messages of an error and of its cause in one line, or its type if it has no message."""
+    words = f"{error} {error.__cause__ or ''}".split()
+    return " ".join(words)[:400] or type(error).__name__
+
+@contextmanager
+def blame(what):
+    """Any error inside becomes a UserError that begins with `what`: a flag, or a file."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the errors of the libraries have no common base class
+        raise UserError(f"{what}: {one_line(error)}") from None
+
+def hash_of(value):
+    """16 letters that depend on all of a value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 @contextmanager
 def atomic_write(path):
@@ -484,7 +509,7 @@ def atomic_write(path):
         shutil.rmtree(path, ignore_errors=True)  # if it is a folder
         partial.replace(path)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise OSError(f"{path}: {first_line(error)}") from error
+        raise OSError(f"{path}: {one_line(error)}") from error
 
 def write_json(path, content):
     with atomic_write(path) as partial:
@@ -512,7 +537,7 @@ def load_checkpoint(out, task, optimizer):
             step = int(folder.name.removeprefix("checkpoint-"))
             break
         except Exception as error:  # a torn file raises anything
-            print_once(f"WARNING     {folder} is passed over: {first_line(error)}")
+            print_once(f"WARNING     {folder} is passed over: {one_line(error)}")
     if folders and step == 0:
         raise UserError(f"--out {out}: none of its checkpoints can be read")
 
@@ -528,6 +553,9 @@ class Run:
 
     def __init__(self, task, cfg, optimizer):
         self.task, self.cfg, self.out = task, cfg, Path(cfg.out)
+        self.content = task.content()
+        check_out(cfg, self.content)
+        self.lock()
         self.save = functools.partial(save_checkpoint, self.out, task, optimizer)
         self.first_step = load_checkpoint(self.out, task, optimizer)
         self.unreadable, self.rows = 0, []
@@ -552,8 +580,20 @@ class Run:
               f" {epochs:.3g} epochs; {cfg.optimizer} at {cfg.lr:.4g}, {cfg.precision}")
         if epochs > 20:
             print(f"WARNING     {epochs:.0f} epochs; the paper's run has 4.8. Lower --steps?")
-        sources = self.task.sources  # what comes from a hub, with its revision
-        write_json(self.out / "config.json", {"config": asdict(cfg), "sources": sources})
+        write_json(self.out / "config.json", {"config": asdict(cfg) | self.content})
+
+    def lock(self):
+        """Raise UserError if another run is at work in --out. A lock ends with its process."""
+        is_free = True
+        if is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.out / ".lock", "w")
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_free = False
+        if not gather(is_free)[0]:
+            raise UserError(f"--out {self.out}: another run is at work in it")
 
     def read_rows(self):
         """Keep the rows of metrics.jsonl for the steps done before. Later ones are redone."""
@@ -625,13 +665,21 @@ class Run:
             signal.signal(number, handler)
 
 
+def report_toy(task, rows):
+    """Let toy/distance.py tell how near the policy is to p*."""
+    try:
+        from toy import distance
+        distance.report_toy(task, rows)
+    except ImportError as error:
+        print(f"WARNING     no table of the toy: {error}")
+
 def save_picture(task, path, rows, *measured):
     """Let toy/figure.py plot reference and policy. `measured`: what measure_toy() returned."""
     try:
         from toy import figure
         figure.draw(task, path, rows, *measured)
     except Exception as error:
-        print(f"\nWARNING     no figure {path}: {first_line(error)}")
+        print(f"\nWARNING     no figure {path}: {one_line(error)}")
 
 
 # ------------------------------------------------------------------- 6. How good is the policy?
@@ -665,91 +713,9 @@ def load_weights(task, named):
     """Load a folder of weights, a checkpoint or a run that has ended. Raises UserError."""
     folder = Path(named, task.subfolder)
     folder = folder if folder.exists() else Path(named)
-    try:
+    with blame(f"{folder}: it cannot be loaded into --model"):
         task.load(folder)
-    except Exception as error:  # no such file, a torn file, weights of another model
-        raise UserError(f"{folder}: cannot be loaded into --model: {first_line(error)}") from error
     return folder
-
-def ddim_step(x_t, eps, abar_t, abar_next, eta=1.0):
-    """Mean and standard deviation of a step from abar_t to abar_next (arXiv:2010.02502, Eq. 12).
-
-    From t to t - 1, eta = 1 is DDPM's step, with noise (arXiv:2006.11239, Eq. 7). eta = 0 is a step
-    of an ODE, without noise, as Stable Diffusion is sampled by default.
-    """
-    x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
-    variance = eta**2 * (1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next)
-    direction = (1 - abar_next - variance).clamp(min=0).sqrt()  # rounding may give -1e-8
-    return abar_next.sqrt() * x_0 + direction * eps, variance.sqrt()
-
-@torch.no_grad()
-def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
-    """n samples (n, 2) of a denoiser, in one step per noise level. See ddim_step for eta."""
-    x = torch.randn(n, 2, generator=gen)
-    abars = torch.cat([torch.ones(1), alphas_cumprod])  # (T + 1,): level t is abars[t + 1]
-    for t in reversed(range(len(alphas_cumprod))):
-        eps = denoiser(x, torch.full((n,), t))
-        mean, std = ddim_step(x, eps, abars[t + 1], abars[t], eta)
-        x = mean + std * torch.randn(n, 2, generator=gen)
-    return x
-
-
-EXTENT, BINS, FINE = 5.0, 30, 8  # half the width; squares per side; points per side of a square
-
-def grid_points():
-    """Points (N, 2) of a fine grid. measure_toy() gives them weights (N,), of sum 1."""
-    n = BINS * FINE
-    axis = EXTENT * ((2 * torch.arange(n) + 1) / n - 1)  # midpoints
-    return torch.cartesian_prod(axis, axis)
-
-def histogram(x, weight):
-    """The probability of each square (BINS, BINS), for points x (N, 2) that have a weight (N,)."""
-    box = [-EXTENT, EXTENT, -EXTENT, EXTENT]
-    return torch.histogramdd(x.double(), BINS, range=box, weight=weight.double()).hist
-
-def total_variation(p, q):
-    """Half the sum of |p - q|: 0 if they are equal, 1 if disjoint. Mass off the grid counts."""
-    return ((p - q).abs().sum() + (p.sum() - q.sum()).abs()).item() / 2
-
-def entropy(p):
-    """Differential entropy in nats. The density in a square is p over the square's area."""
-    area = (2 * EXTENT / BINS) ** 2
-    return -torch.special.xlogy(p, p / area).sum().item()
-
-def measure_toy(toy, samples=50_000):
-    """Compare reference, optimum and policy: numbers, and densities {name: (BINS, BINS)}.
-
-    The policy is sampled by DDPM and by an ODE. tv_floor is the TV of samples of p* itself.
-    """
-    gen = seeded_generator(toy.cfg.seed, "toy report")
-    points = grid_points()
-    p_ref = toy.reference.log_prob(points).double().softmax(0)
-    p_star = toy.log_optimum(points).double().softmax(0)
-    equal = torch.full((samples,), 1 / samples)
-    by_ddpm = toy_sample(toy.policy, toy.alphas_cumprod, samples, gen)
-    by_ode = toy_sample(toy.policy, toy.alphas_cumprod, samples, gen, eta=0)
-
-    numbers, densities, optimum = {}, {}, histogram(points, p_star)
-    for name, x, weight in (("reference", points, p_ref), ("optimum", points, p_star),
-                            ("policy", by_ddpm, equal), ("policy_ode", by_ode, equal)):
-        p = densities[name] = histogram(x, weight)
-        numbers[f"reward_{name}"] = (weight * toy_reward(x)).sum().item()
-        numbers[f"entropy_{name}"] = entropy(p)
-        numbers[f"tv_{name}"] = total_variation(p, optimum)
-    rows = torch.multinomial(p_star, samples, replacement=True, generator=gen)
-    numbers["tv_floor"] = total_variation(histogram(points[rows], equal), optimum)
-    return numbers, densities
-
-def report_toy(toy, rows):
-    """The end of a toy run: a table, and toy.png in --out."""
-    numbers, densities = measure_toy(toy)
-    print(f"\n{'':12}{'mean reward':>14}{'entropy (nats)':>17}{'TV to p*':>12}")
-    for name in densities:
-        print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
-              f"{numbers[f'tv_{name}']:12.3f}")
-    print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          f"policy: by DDPM; policy_ode: by an ODE; floor: from p*. See {toy.cfg.out}/toy.png")
-    save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)
 
 
 # ------------------------------------------------------------------------- 7. Preference data
@@ -768,45 +734,129 @@ def root_of(data):
     """The folder where the image paths in --data begin."""
     return Path(data).parent if Path(data).is_file() else Path(data)
 
-def load_pairs(data, split):
-    """A split of --data: its table, its columns (prompt, first, second image), a label per row.
+def find_files(data, split):
+    """The files of a local --data that hold a split. Raises ValueError.
 
-    A label is 1 or 0 for the first or the second image, 0.5 or None for a tie. Raises UserError.
+    In a folder, train is all .parquet files but those that are named for another split.
+    """
+    if Path(data).is_file() and split == "train":
+        return [Path(data)]
+    found = sorted(Path(data).rglob("*.parquet"))
+    found += Path(data).glob("pairs.jsonl")
+    others = r"(test|val|valid|validation|dev|eval)[-_.]"
+    files = [file for file in found if file.name.startswith(split)
+             or split == "train" and not re.match(others, file.name)]
+
+    # Of a set such as train-00000-of-00003.parquet, none should be missing.
+    names = "\n".join(str(file) for file in files)
+    for (name, of), there in Counter(re.findall(r"(.+)-\d+-of-(\d+)\.", names)).items():
+        if there < int(of):
+            raise ValueError(f"only {there} of the {int(of)} files {name}-*-of-{of} are there")
+    return files
+
+def read_json(file):
+    """{column: values} of a JSON list of objects, or of lines with one each. Raises ValueError."""
+    content = Path(file).read_bytes()
+    if content.lstrip().startswith(b"["):
+        rows = json.loads(content)
+    else:
+        rows = []
+        for number, line in enumerate(content.split(b"\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:  # json counts each line as line 1
+                message = str(error).replace("line 1 column", "column")
+                raise ValueError(f"line {number}: {message}") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is {row!r}; it should be an object, in braces")
+    return {name: [row.get(name) for row in rows] for name in set().union(*rows)}
+
+def load_table(data, split):
+    """All of a split: {column: values} of a JSON file, else a table of datasets.
+
+    Raises ValueError, and errors of datasets.
     """
     import datasets
-    source, files = data, None
-    for file in Path(data), Path(data, "pairs.jsonl"):
-        if file.is_file():
-            source = "json" if file.suffix in (".json", ".jsonl") else "parquet"
-            files = str(file)
-    try:
-        table = datasets.load_dataset(source, data_files=files, split=split)
-        fitting = [each for each in FORMATS if set(each) - {None} <= set(table.column_names)]
+    if not Path(data).exists():
+        if data.count("/") != 1:
+            raise ValueError("there is no such file or folder, and a hub id has one /")
+        return datasets.load_dataset(data, split=split, keep_in_memory=False)
+    files = [str(file) for file in find_files(data, split)]
+    if len(files) == 1 and files[0].endswith((".json", ".jsonl")):
+        return read_json(files[0])
+    if not files or not all(file.endswith(".parquet") for file in files):
+        raise ValueError(f"split {split} is {files}; it should be .parquet, or one .json or .jsonl")
+
+    # datasets keeps a copy, which it finds again by the paths and times of the files. Times can be
+    # set. So the copy has a name made of their sizes and of the times that the disk itself keeps.
+    stats = [os.stat(file) for file in files]
+    state = [(each.st_size, each.st_ctime_ns) for each in stats]
+    names = [glob.escape(os.path.abspath(file)) for file in files]  # they would be patterns
+    return datasets.load_dataset("parquet", hash_of(state), data_files=names, split="train",
+                                 keep_in_memory=False)
+
+def load_pairs(data, split):
+    """A split of --data as a table with the columns prompt, first, second, label and row.
+
+    first and second are images. A label is 1 or 0 for the first or the second image, 0.5 or None
+    for a tie. row is the place in the whole split, such as "7 of train". Raises UserError.
+    """
+    import datasets
+    with blame(f"--data {data}"):
+        whole = re.match(r"\w*", split)[0]
+        table = load_table(data, whole)
+        names = list(table) if isinstance(table, dict) else table.column_names
+        fitting = [each for each in FORMATS if set(each) - {None} <= set(names)]
         if not fitting:
-            raise ValueError(f"columns {table.column_names}; they should hold one of {FORMATS}")
+            raise ValueError(f"columns {names}; they should hold one of {FORMATS}")
         *columns, label = fitting[0]
-        labels = table[label][:] if label else [1] * len(table)
+        captions = table[columns[0]][:]
+        for row, caption in enumerate(captions):
+            if not isinstance(caption, str | None):
+                raise ValueError(f"row {row} has the caption {caption!r}; it should be text")
+
+        labels = table[label][:] if label else [1] * len(captions)
         for value in set(labels) - {0, 0.5, 1, None}:
             raise ValueError(f"{label} holds {value!r}; it should be 0, 0.5 or 1")
+        if label and "label_1" in names:  # both may be 0, or both 1
+            both = zip(labels, table["label_1"], strict=True)
+            labels = [a if {a, b} == {0, 1} else None for a, b in both]
+        if label and "has_label" in names:
+            both = zip(labels, table["has_label"], strict=True)
+            labels = [label if has_label else None for label, has_label in both]
+
+        if isinstance(table, dict):
+            table = datasets.Dataset.from_dict({name: table[name] for name in columns})
         for column in columns[1:]:
             table = table.cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # the errors of datasets have no common base class
-        raise UserError(f"--data {data}: {first_line(error)}") from error
-    return table, columns, labels
+        new_names = dict(zip(columns, ["prompt", "first", "second"], strict=True))
+        table = table.select_columns(columns).rename_columns(new_names)
+        rows = [f"{row} of {whole}" for row in range(len(labels))]
+        table = table.add_column("label", labels).add_column("row", rows)
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({whole: len(labels)})
+        return table.select([row for part in parts for row in range(part.from_, part.to)])
 
-def read_image(value, root):
-    """An upright RGB image from {"bytes": ..., "path": ...}, where a path begins in `root`.
+def image_bytes(value, root):
+    """The bytes of an image from {"bytes": ..., "path": ...}, where a path begins in `root`.
 
-    The data may come from a stranger. Raises PIL's errors for an image that cannot be read, and
-    ValueError for one that is refused: outside `root`, too small or large, or of an odd mode.
+    Raises OSError, and ValueError for a file outside of `root`.
     """
     if value["bytes"]:
-        file = BytesIO(value["bytes"])
-    else:
-        file = root / value["path"]
-        if ".." in file.relative_to(root).parts:  # relative_to raises ValueError if it is elsewhere
-            raise ValueError(f"{value['path']} is not in the folder of the data")
+        return value["bytes"]
+    file = Path(os.path.abspath(root / value["path"]))  # without ..
+    if not (file.is_relative_to(os.path.abspath(root))
+            or file.resolve().is_relative_to(root.resolve())):  # through links
+        raise ValueError(f"{file} is not in the folder of the data")
+    return file.read_bytes()
 
+def read_image(value, root):
+    """An upright RGB image of image_bytes(value, root).
+
+    The data may come from a stranger. Raises PIL's errors for an image that cannot be read, and
+    ValueError for one that is refused: outside of `root`, too small or large, or of an odd mode.
+    """
+    file = BytesIO(image_bytes(value, root))
     image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))  # some other formats start programs
     short, long = sorted(image.size)
     if short < 8 or short * long > 2**25 or image.mode[0] in "IF":  # PIL would clip I and F
@@ -823,20 +873,33 @@ def crop_square(image, size, u, v, flip):
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
 
+def blank_pair(cfg, epoch, row):
+    """What stands in for a pair that cannot be read."""
+    images = torch.zeros(2, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
+    return {"epoch": epoch, "row": row, "unreadable": 1.0, "prompt": "", "images": images}
+
+
 class ImagePairs:
     """The pairs in a split of --data, without its ties. Images are decoded when asked for."""
 
     def __init__(self, cfg, split):
-        table, self.columns, labels = load_pairs(cfg.data, split)
-        self.rows = [row for row, label in enumerate(labels) if label in (0, 1)]  # in the table
-        if not self.rows:
-            raise UserError(f"--data {cfg.data}: all {len(labels)} pairs of split {split} are ties")
-        self.cfg, self.root = cfg, root_of(cfg.data)
-        self.table = table.select(self.rows)
-        self.labels = [labels[row] for row in self.rows]
-        self.source = table.cache_files[0]["filename"]  # for a hub id, it names the revision
+        whole = load_pairs(cfg.data, split)
+        decided = [row for row, label in enumerate(whole["label"]) if label in (0, 1)]
+        if not decided:
+            raise UserError(f"--data {cfg.data}: no pair of split {split} has a preference")
+        self.cfg, self.root, self.table = cfg, root_of(cfg.data), whole.select(decided)
+        self.source = whole.cache_files  # for a hub id, they name the revision
         print_once(f"data        {cfg.data}, {split}: {len(self):,} pairs;"
-                   f" {len(labels) - len(self):,} ties dropped")
+                   f" {len(whole) - len(self):,} ties or unlabelled ones dropped")
+
+    def content(self):
+        """A hash of all captions and labels, and of the images of up to 1,000 pairs."""
+        found = [self.table["prompt"][:], self.table["label"][:]]
+        for row in range(0, len(self), math.ceil(len(self) / 1000)):
+            for side in ("first", "second"):
+                with suppress(Exception):  # an unreadable image is reported when it is met
+                    found.append(hash_of(image_bytes(self.table[row][side], self.root)))
+        return hash_of(found)
 
     def __len__(self):
         return len(self.table)
@@ -844,9 +907,7 @@ class ImagePairs:
     def read(self, epoch, row):
         """The "prompt" of a pair and its "images" (2, 3, H, W) uint8, preferred first."""
         item = self.table[row]
-        prompt_column, *sides = self.columns
-        if self.labels[row] == 0:
-            sides.reverse()
+        sides = ["first", "second"] if item["label"] else ["second", "first"]
 
         # Crop, flip and dropped caption are the same for both images, as their noise is. (The
         # released code flips each image alone, and its launchers crop the centre.)
@@ -859,7 +920,7 @@ class ImagePairs:
         for side in sides:
             image = read_image(item[side], self.root)
             images.append(crop_square(image, self.cfg.resolution, u, v, flip=as_is < 0.5))
-        prompt = "" if keep < self.cfg.caption_dropout else (item[prompt_column] or "")
+        prompt = "" if keep < self.cfg.caption_dropout else (item["prompt"] or "")
         return {"prompt": prompt, "images": torch.stack(images)}
 
     def __getitem__(self, key):
@@ -868,9 +929,9 @@ class ImagePairs:
         try:
             return self.read(epoch, row) | {"epoch": epoch, "row": row, "unreadable": 0.0}
         except Exception as error:  # decoders raise anything; it all means the same
-            print(f"\nunreadable  row {self.rows[row]} of {self.cfg.data}: {first_line(error)}")
-            blank = torch.zeros(2, 3, self.cfg.resolution, self.cfg.resolution, dtype=torch.uint8)
-            return {"epoch": epoch, "row": row, "unreadable": 1.0, "prompt": "", "images": blank}
+            number = self.table["row"][row]  # with the ties counted
+            print(f"\nunreadable  row {number}, {self.cfg.data}: {one_line(error)}")
+            return blank_pair(self.cfg, epoch, row)
 
 
 # ------------------------------------------------------------------------ 8. Stable Diffusion
@@ -878,20 +939,40 @@ class ImagePairs:
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
        "sd35": "stabilityai/stable-diffusion-3.5-medium"}
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0",
-               "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]  # SD3: for the text
+LORA_LAYERS = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # add: SD3's, for the text
+
+def load_part(folder, name, library, kind):
+    """A network of a pipeline, on the CPU. Raises ValueError, and the libraries' errors."""
+    files = [file.name for file in Path(folder, name).glob("*.safetensors")]
+    variant = "fp16" if files and all(".fp16" in file for file in files) else None
+    part, info = getattr(importlib.import_module(library), kind).from_pretrained(
+        folder, subfolder=name, variant=variant, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:  # the libraries go on, with random numbers in their place
+        raise ValueError(f"weights are missing or of another shape: {wrong}")
+    return part
 
 def load_pipeline(model):
-    """The diffusers pipeline of --model, on the CPU. Raises OSError."""
+    """The diffusers pipeline of --model, on the CPU. Raises UserError."""
     import diffusers
     import transformers
     for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
-    model = HUB.get(model, model)
-    parts = diffusers.DiffusionPipeline.load_config(model).items()
-    left_out = [name for name, kind in parts if kind == [None, None]]  # such as a T5
-    return diffusers.DiffusionPipeline.from_pretrained(
-        model, use_safetensors=True, **dict.fromkeys([*left_out, "safety_checker"]))
+    if model in HUB and Path(model).exists():
+        print_once(f"WARNING     --model {model} is {HUB[model]}; the folder here is ./{model}")
+    folder, parts = HUB.get(model, model), {"safety_checker": None}
+    with blame(f"--model {model}"):
+        if not Path(folder).is_dir():
+            folder = diffusers.DiffusionPipeline.download(
+                folder, use_safetensors=True, safety_checker=None)
+        for name, kind in diffusers.DiffusionPipeline.load_config(folder).items():
+            if kind == [None, None]:
+                parts[name] = None  # left out, such as a T5
+            elif re.match("unet|transformer|vae|text_encoder", name):
+                with blame(f"--model {model}: {name}"):
+                    parts[name] = load_part(folder, name, *kind)
+        return diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
 
 def read_schedule(pipe):
     """alphas_cumprod (T,) and what the network predicts. Raises UserError."""
@@ -937,7 +1018,6 @@ class StableDiffusion:
         self.part = "transformer" if self.prediction == "flow" else "unet"
         network = getattr(pipe, self.part).float()
         self.subfolder = "lora" if cfg.lora else self.part
-        self.sources = [network.config.get("_name_or_path"), getattr(pairs, "source", None)]
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
 
@@ -945,8 +1025,8 @@ class StableDiffusion:
         # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d), for latents of d numbers. On the
         # SUM of squares, as in the equation, beta is 2000 / (2d) = 0.061 for SD1.5 (d = 16,384) and
         # 0.038 for SDXL (5000, d = 65,536). On SD1.5 5000 is 0.153. Without the half take beta / 2.
-        T = len(alphas_cumprod)
-        self.weight = torch.full((T,), 1 / (2 * math.prod(self.shape)), device=device)
+        T, d = len(alphas_cumprod), math.prod(self.shape)
+        self.weight = torch.full((T,), 1 / (2 * d), device=device)
 
         # The policy and the reference.
         times = torch.arange(T, device=device)
@@ -971,6 +1051,11 @@ class StableDiffusion:
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and part:  # SD3's third may be left out
                 part.to(dtype).requires_grad_(False)
+        vae = pipe.vae.config  # SDXL's pipeline undoes these two, and SD3's a shift
+        mean = "XL" in type(pipe).__name__ and vae.latents_mean or [vae.shift_factor or 0.0]
+        std = "XL" in type(pipe).__name__ and vae.latents_std or [1.0]
+        self.latent_mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.latent_std = torch.tensor(std, device=device).view(-1, 1, 1)
         # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
         pipe.vae.float().requires_grad_(False).enable_slicing()
         pipe.to(device)
@@ -984,6 +1069,15 @@ class StableDiffusion:
         network.add_adapter(LoraConfig(
             r=self.cfg.lora, lora_alpha=self.cfg.lora, target_modules=LORA_LAYERS,
             init_lora_weights="gaussian"))  # as in diffusers' examples
+
+    def content(self):
+        """For config.json: where model and data come from, and hashes of what they hold."""
+        networks = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        weights = [p.detach() for network in networks for p in network.parameters()]
+        hashes = [torch.hash_tensor(each).item() for each in [self.alphas_cumprod, *weights]]
+        sources = [self.policy.network.config.get("_name_or_path"), self.pairs.source]
+        return {"sources": sources, "content of --model": hash_of([self.prediction, hashes]),
+                "content of --data": self.pairs.content()}
 
     def without_adapters(self, x_t, t, **cond):
         """The reference of a LoRA run."""
@@ -999,7 +1093,7 @@ class StableDiffusion:
         images = images.to(self.weight.device, non_blocking=True) / 127.5 - 1
         vae = self.pipe.vae
         latents = vae.encode(images).latent_dist.mode()  # the mean; the released code samples
-        latents = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        latents = (latents - self.latent_mean) / self.latent_std * vae.config.scaling_factor
         x_w, x_l = latents.chunk(2)
         cond = self.encode_prompts(batch["prompt"])
         return x_w, x_l, {name: torch.cat([value, value]) for name, value in cond.items()}
@@ -1026,7 +1120,8 @@ class StableDiffusion:
         # Every image is declared to be whole and of this size, as in the released code. True sizes
         # and crops might give the label away.
         size = float(self.cfg.resolution)
-        time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(prompts)).to(prompt.device)
+        whole = [size, size, 0, 0, size, size]
+        time_ids = torch.tensor([whole] * len(prompts)).to(prompt.device)
         return {"prompt": prompt, "text_embeds": pooled, "time_ids": time_ids}
 
     def save(self, folder):
@@ -1044,12 +1139,13 @@ class StableDiffusion:
         if not self.cfg.lora:
             network.load_state_dict(load_file(folder / WEIGHTS_FILE))
             return
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         saved = load_file(folder / LORA_FILE)
         layers = {name.removeprefix(f"{self.part}."): value for name, value in saved.items()}
-        unexpected = set_peft_model_state_dict(network, layers).unexpected_keys
-        if unexpected or len(layers) != sum(p.requires_grad for p in network.parameters()):
-            raise ValueError("these are not adapters of this network")
+        wrong = layers.keys() ^ get_peft_model_state_dict(network).keys()
+        if wrong:
+            raise ValueError(f"adapters that only one of the two has: {sorted(wrong)}")
+        set_peft_model_state_dict(network, layers)
 
 
 # ----------------------------------------------------------------------- 9. The command line
@@ -1102,7 +1198,7 @@ PIPELINES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sd
 ONLY_FOR_IMAGES = {"lora", "data", "split", "eval_split", "resolution", "caption_dropout",
                    "checkpointing"}
 MAY_CHANGE = {"out", "save_every", "sample_every", "eval_every", "eval_split", "workers",
-              "micro_batch"}  # and it is still the same run
+              "micro_batch", "sources"}  # and it is still the same run
 POSITIVE = {"beta", "draws", "steps", "batch", "micro_batch", "save_every", "resolution"}
 SHARES = {"caption_dropout", "warmup", "decay"}
 
@@ -1124,11 +1220,13 @@ def find_preset(model):
     """Which of PRESETS fits `model`. A folder or hub id tells it by the class of its pipeline."""
     if model in PRESETS:
         return model
+    if Path(model).is_file():
+        raise UserError(f"--model {model}: it should be a folder. A checkpoint in one file becomes"
+                        " one by python -c \"import diffusers; diffusers.StableDiffusionXLPipeline"
+                        f".from_single_file('{model}').save_pretrained('FOLDER')\" (or without XL)")
     from diffusers import DiffusionPipeline
-    try:
+    with blame(f"--model {model}: not SD1.5, SDXL or SD3"):
         return PIPELINES[DiffusionPipeline.load_config(model)["_class_name"]]
-    except Exception as error:  # the hub's errors have no common base class
-        raise UserError(f"--model {model}: not SD1.5, SDXL or SD3: {first_line(error)}") from error
 
 def parse(argv=None, config=Config, presets=PRESETS):
     """The command line as a `config`, which toy/ subclasses for more flags. Raises UserError."""
@@ -1165,7 +1263,8 @@ def parse(argv=None, config=Config, presets=PRESETS):
     if cfg.lr is None:
         cfg.lr = default_rate(cfg)
     if cfg.out is None:
-        cfg.out = f"runs/{Path(cfg.model).name}"
+        cfg.out = f"runs/{Path(cfg.model).resolve().name}"
+    cfg.out = os.path.normpath(cfg.out)  # new/../mine is mine, whether or not there is a new
     return cfg
 
 def check_flags(cfg):
@@ -1187,28 +1286,40 @@ def check_flags(cfg):
     if cfg.model != "toy" and not cfg.eval_split and (cfg.eval_every or cfg.evaluate is not None):
         raise UserError("--eval-split is missing; it names the held-out pairs to evaluate on")
 
-def check_out(cfg):
-    """Raise UserError unless --out is new or empty, or holds this very run."""
+def check_out(cfg, content=()):
+    """Raise UserError unless --out is new or empty, or holds this very run, of this content."""
     out = Path(cfg.out)
+    model, folder = Path(cfg.model, "model_index.json").resolve(), out.resolve()
+    if model.exists() and (folder in model.parents or model.parent in folder.parents):
+        raise UserError(f"--out {out}: it holds --model, or lies in it; name another folder")
     if not any(out.glob("[!.]*")):  # hidden files do not count
         return
-    try:
+    with blame(f"--out {out}: it holds files but no run; name a new folder"):
         there = dict(json.loads((out / "config.json").read_text())["config"])
-    except Exception as error:  # no such file, or a file of another kind
-        raise UserError(f"--out {out}: it holds files but no run; name a new folder") from error
-    here = asdict(cfg)
+    here = asdict(cfg) | dict(content)
     differences = [f"{name} is {there.get(name)} there, {here[name]} here"
                    for name in sorted(here.keys() - MAY_CHANGE) if there.get(name) != here[name]]
     if differences:
-        raise UserError(f"--out {out}: it holds another run, where {'; '.join(differences)}")
+        raise UserError(f"--out {out}: it holds another run, where {'; '.join(differences)}."
+                        " (--warmup and --decay are shares of --steps, so these belong to a run.)")
 
 def make_task(cfg, device):
-    """What cfg.model names, with its data."""
+    """What cfg.model names, with its data. Raises UserError."""
     if cfg.model == "toy":
         return Toy(cfg)
     pairs = ImagePairs(cfg, cfg.split) if cfg.evaluate is None else None
     held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
-    return StableDiffusion(cfg, device, load_pipeline(cfg.model), pairs, held_out)
+    if pairs and held_out:
+        shared = len({*pairs.table["row"]} & {*held_out.table["row"]})
+        if shared:
+            print_once(f"WARNING     {shared} pairs of --eval-split are in --split, too")
+
+    pipe = load_pipeline(cfg.model)
+    with blame(f"--model {cfg.model}: it is not built like SD1.5, SDXL or SD3.5"):
+        task = StableDiffusion(cfg, device, pipe, pairs, held_out)
+        with torch.no_grad():  # a first pass shows whether all parts fit together
+            batch_errors(task, default_collate([blank_pair(cfg, 0, 0)]), 1, 0)
+    return task
 
 def main(argv=None):
     cfg = parse(argv)
@@ -1232,7 +1343,7 @@ def run_command(main):
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         code = 2  # all processes have the same UserError, so one prints it; other errors may differ
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
-            print(f"\nerror: {first_line(error)}", file=sys.stderr)
+            print(f"\nerror: {one_line(error)}", file=sys.stderr)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = getattr(stopped, "code", 130) or 0
     except Exception:

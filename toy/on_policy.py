@@ -33,6 +33,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import diffusion_dpo as dpo
+from toy import distance
 
 
 @dataclass
@@ -139,13 +140,14 @@ class OnPolicyToy(dpo.Toy):
 class Prompts:
     """Prompts as a dataset, in place of pairs."""
 
-    columns = ["prompt"]
-
     def __init__(self, prompts):
-        self.table = {"prompt": prompts}
+        self.table, self.source = {"prompt": prompts}, None
 
     def __len__(self):
         return len(self.table["prompt"])
+
+    def content(self):
+        return dpo.hash_of(self.table)
 
     def __getitem__(self, key):
         epoch, row = key
@@ -190,7 +192,7 @@ def make_task(cfg, device, scorer=None):
         prompts = judge.read_prompts("--data", cfg.data)
     else:
         pairs = dpo.ImagePairs(cfg, cfg.split)
-        prompts = [prompt or "" for prompt in pairs.table[pairs.columns[0]]]
+        prompts = [prompt or "" for prompt in pairs.table["prompt"]]
     return OnPolicyImages(cfg, device, prompts, scorer or judge.load_scorer(cfg.scorer, device))
 
 
@@ -244,7 +246,7 @@ class Walk:
     def mean_and_std(self, network, x, i):
         """Of the next step from x, by a network."""
         eps = self.predict(network, x, i)
-        return dpo.ddim_step(x, eps, self.abars[i], self.abars[i + 1])
+        return distance.ddim_step(x, eps, self.abars[i], self.abars[i + 1])
 
     @torch.no_grad()
     def sample_step(self, x, n, i):
@@ -256,7 +258,7 @@ class Walk:
     def predicted_x_0(self, x, i):
         """The x_0 that the policy expects at x; like x."""
         eps = self.predict(self.task.policy, x, i)
-        return dpo.ddim_step(x, eps, self.abars[i], self.abars[-1])[0]
+        return distance.ddim_step(x, eps, self.abars[i], self.abars[-1])[0]
 
     def errors(self, network, x_t, x_next, i):
         """Errors (B,) of the preferred and of the rejected step.
@@ -365,7 +367,7 @@ def main(argv=None):
         print_range(cfg)
     rows = dpo.train(task, cfg, on_policy_step)
     if cfg.model == "toy" and dpo.rank_and_world()[0] == 0:
-        dpo.report_toy(task, rows)
+        distance.report_toy(task, rows)
 
 
 if __name__ == "__main__":

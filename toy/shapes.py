@@ -207,14 +207,13 @@ def build(out, seed, sizes):
     samples = draw(pipe, [(prompt, i) for i, prompt in enumerate(prompts)], f"pairs {seed}")
     reward, match = TrueReward()(samples, prompts)  # (2P,) each
     labels = bradley_terry(reward[::2], reward[1::2], seed)  # (P,)
-    table = [{"caption": prompts[i], "jpg_0": {"bytes": png(samples[i])},
-              "jpg_1": {"bytes": png(samples[i + 1])}} for i in range(0, len(samples), 2)]
+    table = [{"prompt": prompts[i], "first": {"bytes": png(samples[i])},
+              "second": {"bytes": png(samples[i + 1])}} for i in range(0, len(samples), 2)]
     with dpo.atomic_write(out) as folder:
         pipe.save_pretrained(folder)
         train_clip(folder / "clip", images, sizes["clip_steps"])
         (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-        judge.write_pairs(table, ("caption", "jpg_0", "jpg_1"), dict(enumerate(labels.tolist())),
-                          None, folder / "pairs.parquet")
+        judge.write_pairs(table, dict(enumerate(labels.tolist())), None, folder / "pairs.parquet")
     right = (reward[::2] > reward[1::2]) == labels.bool()  # (P,)
     return {"match": match.mean().item(), "reward": reward.mean().item(),
             "accuracy_of_true_reward": right.float().mean().item()}

@@ -102,14 +102,15 @@ def make_base(work, seed):
         return
     if not base.exists():
         shapes.build(base, seed, shapes.SIZES)
-    pairs, columns, labels = dpo.load_pairs(str(base / "pairs.parquet"), "train")
-    captions, P = pairs[columns[0]][:], len(pairs)
+    pairs = dpo.load_pairs(str(base / "pairs.parquet"), "train")
+    captions, labels, P = pairs["prompt"][:], pairs["label"][:], len(pairs)
 
     def write(name, rows, labels):
         with dpo.atomic_write(base / f"pairs-{name}.parquet") as path:
-            judge.write_pairs(rows, columns, dict(enumerate(labels)), None, path)
+            judge.write_pairs(rows, dict(enumerate(labels)), None, path)
 
-    images = [[dpo.read_image(row[side], None) for row in pairs] for side in columns[1:]]
+    images = [[dpo.read_image(row[side], None) for row in pairs]
+              for side in ("first", "second")]
     true_0, true_1 = (by_true_reward(side, captions)[0] for side in images)  # (P,) each
     score = judge.load_scorer(str(base / "clip"), "cpu")
     clip_0, clip_1 = (torch.cat([score(side[at:at + 64], captions[at:at + 64])[0]
@@ -121,8 +122,8 @@ def make_base(work, seed):
     samples = shapes.draw(dpo.load_pipeline(str(base)), [("", i) for i in range(P)],
                           f"shapes {seed}")
     reward = torch.tensor([*SHAPE_REWARD.values()])[shape_of(samples)]  # (P,)
-    rows = [{"caption": "", "jpg_0": {"bytes": shapes.png(samples[i])},
-             "jpg_1": {"bytes": shapes.png(samples[i + 1])}} for i in range(0, P, 2)]
+    rows = [{"prompt": "", "first": {"bytes": shapes.png(samples[i])},
+             "second": {"bytes": shapes.png(samples[i + 1])}} for i in range(0, P, 2)]
     write("shape", rows, shapes.bradley_terry(reward[::2], reward[1::2], seed).tolist())
     order = true_0 > true_1
     right = (order == torch.tensor(labels).bool())[P - shapes.HELD_OUT:]

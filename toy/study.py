@@ -37,6 +37,7 @@ import on_policy
 
 import diffusion_dpo as dpo
 from diffusion_dpo import toy_reward
+from toy import distance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -245,7 +246,7 @@ def drift(toy, samples=500):
     part of the policy's that one and the same vector makes.
     """
     gen = dpo.seeded_generator("drift")
-    axis = torch.linspace(-dpo.EXTENT, dpo.EXTENT, 121)
+    axis = torch.linspace(-distance.EXTENT, distance.EXTENT, 121)
     grid = torch.cartesian_prod(axis, axis)  # (M, 2)
     p = toy.log_optimum(grid).softmax(0)
     x_0 = grid[torch.multinomial(p, samples, replacement=True, generator=gen)]
@@ -295,14 +296,14 @@ def logit_noise(toy, pairs=2000, draws=32):
 def width(toy, samples=50_000):
     """The standard deviation of the policy's samples."""
     gen = dpo.seeded_generator(toy.cfg.seed, "one mode")
-    x = dpo.toy_sample(toy.policy, toy.alphas_cumprod, samples, gen)
+    x = distance.toy_sample(toy.policy, toy.alphas_cumprod, samples, gen)
     return {"std": x.std(0).mean().item()}
 
 
 def exact_denoiser(toy):
     """A yardstick: the numbers of a policy that is p*. What is left is the measurements' own."""
     toy.policy = Optimum(toy)
-    return dpo.measure_toy(toy)[0] | judgement(toy)
+    return distance.measure_toy(toy)[0] | judgement(toy)
 
 
 def reward_model(toy, samples=50_000):
@@ -311,7 +312,7 @@ def reward_model(toy, samples=50_000):
     A reward is learnt from the policy's labels, in their order, by Bradley-Terry. Its p* is sampled
     in closed form. The network is as wide as the policy's; the rate is the better of two by TV.
     """
-    cfg, pairs, points = toy.cfg, toy.pairs, dpo.grid_points()
+    cfg, pairs, points = toy.cfg, toy.pairs, distance.grid_points()
     torch.manual_seed(cfg.seed)
     first, second, last = nn.Linear(2, 128), nn.Linear(128, 128), nn.Linear(128, 1)
     net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
@@ -325,14 +326,14 @@ def reward_model(toy, samples=50_000):
         loss.backward()
         optimizer.step()
 
-    optimum = dpo.histogram(points, toy.log_optimum(points).double().softmax(0))
+    optimum = distance.histogram(points, toy.log_optimum(points).double().softmax(0))
     toy.reward = lambda x: net(x)[:, 0]
     with torch.no_grad():
-        learnt = dpo.histogram(points, toy.log_optimum(points).double().softmax(0))
+        learnt = distance.histogram(points, toy.log_optimum(points).double().softmax(0))
     gen = dpo.seeded_generator(cfg.seed, "reward model")
     chosen = torch.multinomial(learnt.flatten(), samples, replacement=True, generator=gen)
     share = chosen.bincount(minlength=learnt.numel()).view_as(learnt) / samples
-    return {"tv_policy": dpo.total_variation(share, optimum)}
+    return {"tv_policy": distance.total_variation(share, optimum)}
 
 
 # -------------------------------------------------------------------------------- the experiments
@@ -459,11 +460,11 @@ def build(job, cfg):
 
 
 def measure(toy, job):
-    """What dpo.measure_toy gives, and the same of the proxy where that makes the labels."""
-    numbers, densities = dpo.measure_toy(toy, job.samples)
+    """What distance.measure_toy gives, and the same of the proxy where that makes the labels."""
+    numbers, densities = distance.measure_toy(toy, job.samples)
     if job.reward is toy_proxy:
         with mock.patch.object(dpo, "toy_reward", toy_proxy):  # what measure_toy takes means of
-            by_proxy, _ = dpo.measure_toy(toy, job.samples)
+            by_proxy, _ = distance.measure_toy(toy, job.samples)
         for whose in densities:
             numbers[f"proxy_{whose}"] = by_proxy[f"reward_{whose}"]
     return numbers, densities
@@ -579,14 +580,14 @@ def plot_ends(ax, settings, label):
 
 def plot_frontier(ax, settings, **style):
     """Entropy and mean reward of p* for some (beta, gamma), in closed form."""
-    points = dpo.grid_points()
+    points = distance.grid_points()
     log_p_ref = dpo.Ring(None).log_prob(points)
     reward = toy_reward(points)
     entropies, rewards = [], []
     for beta, gamma in settings:
         log_p = (beta * log_p_ref + reward) / (beta + gamma)
         p = log_p.double().softmax(0)
-        entropies.append(dpo.entropy(dpo.histogram(points, p)))
+        entropies.append(distance.entropy(distance.histogram(points, p)))
         rewards.append((p * reward).sum().item())
     ax.plot(entropies, rewards, lw=1, **style)
 
@@ -693,7 +694,7 @@ def plot_maps(found, name, maps):
             numbers = found[experiment][setting][0]
             p = torch.tensor(numbers["map"][whose])
             brightest = torch.tensor(numbers["map"]["optimum"]).max()
-            box = (-dpo.EXTENT, dpo.EXTENT)
+            box = (-distance.EXTENT, distance.EXTENT)
             ax.imshow(p.T, origin="lower", extent=box + box, vmax=brightest)
             ax.set(xticks=[], yticks=[])
             ax.set_title(

@@ -343,7 +343,7 @@ def test_labels_are_the_scorers(tmp_path, capfd, redness, by):
 
     --data reads the file, and two processes write the same one.
     """
-    data, out = write_parquet(tmp_path / "pairs.parquet", *MIXED), tmp_path / "new" / "labels"
+    data, out = write_parquet(tmp_path / "pairs.parquet", *MIXED), tmp_path / "new/labels.parquet"
     made = label(data, out, by=by)
     assert [(row["caption"], row["label_0"]) for row in made] == [
         ("0", 1), ("1", 1), ("2", 0), ("5", 0), ("6", 0)]
@@ -357,7 +357,7 @@ def test_labels_are_the_scorers(tmp_path, capfd, redness, by):
 def test_labelling_margin(tmp_path, redness):
     """Pairs whose scores differ by no more than --margin are left out."""
     data = write_parquet(tmp_path / "pairs.parquet", *MIXED)
-    made = label(data, tmp_path / "labels", "--margin 165")
+    made = label(data, tmp_path / "labels.parquet", "--margin 165")
     assert [row["caption"] for row in made] == ["0", "1", "2", "5"]  # 6: 255 - 90 and no more
 
 
@@ -507,7 +507,7 @@ SD15 = " --model {tiny}/tiny-sd15"
 @pytest.mark.parametrize("line, match", [
     ("", "compare,label"), ("label --data x --out out --margin -1", "--margin"),
     ("label --data {tiny}/pairs.parquet --out {wrong}/prompts.txt", "--out"),
-    ("label --data {tiny}/pairs.parquet --out out --scorer {wrong}/half", "half"),
+    ("label --data {tiny}/pairs.parquet --out out.parquet --scorer {wrong}/half", "half"),
     (COMPARE + "x --prompts {wrong}/blank.txt", "--prompts"),
     (COMPARE + "x --images 0", "--images"), (COMPARE + "{tiny}", "--model"),
     (COMPARE + "{wrong}", "--policy"), (COMPARE + "{tiny}" + SD15, "safetensors")])

@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid
 
 import diffusion_dpo as dpo
 from test_diffusion_dpo import metrics, same, sd_task, weights
+from toy import distance
 
 
 def parse(script, flags=""):
@@ -89,8 +90,8 @@ def next_step(task, factor, x, i):
     out = factor * x + task.cfg.guidance / 10 + times[i] / 500
     if task.prediction == "v_prediction":
         out = abars[i].sqrt() * out + (1 - abars[i]).sqrt() * x
-    mean, std = dpo.ddim_step(x, out, abars[i], abars[i + 1])
-    x_0, _ = dpo.ddim_step(x, out, abars[i], abars[5])
+    mean, std = distance.ddim_step(x, out, abars[i], abars[i + 1])
+    x_0, _ = distance.ddim_step(x, out, abars[i], abars[5])
     return Normal(mean, std, validate_args=False), x_0
 
 
@@ -170,7 +171,7 @@ def test_gradient_is_that_of_the_mean_over_steps():
 @pytest.mark.parametrize("method", ["d3po", "spo"])
 def test_on_policy_resumed_and_by_two_processes(tmp_path, monkeypatch, method):
     """A resumed run is the straight one, bit for bit. Two processes train what one does."""
-    monkeypatch.setattr(dpo, "report_toy", print)
+    monkeypatch.setattr(distance, "report_toy", print)
     line = f"--toy --method {method} --sampling-steps 4 --batch 8 --steps 2 --save-every 1 --out "
 
     def train(name):
@@ -335,7 +336,7 @@ def test_figure_of_the_toy(tmp_path, savefig):
     """toy.png shows the densities with their distances to p*, the metrics, and the limits that
     follow from the labels' reward."""
     toy = dpo.Toy(parse(dpo))
-    numbers, densities = dpo.measure_toy(toy, 1000)
+    numbers, densities = distance.measure_toy(toy, 1000)
     figure.draw(toy, tmp_path / "toy.png", rows_of_a_run(0.5), numbers, densities)
     axes = savefig.call_args.args[0].axes
     for ax, (name, p) in zip(axes[1:5], densities.items(), strict=True):
@@ -372,8 +373,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     """The policy is compared with p* by a few hundred samples."""
-    measure_toy = dpo.measure_toy
-    monkeypatch.setattr(dpo, "measure_toy", lambda toy, samples=0: measure_toy(toy, 500))
+    measure_toy = distance.measure_toy
+    monkeypatch.setattr(distance, "measure_toy", lambda toy, samples=0: measure_toy(toy, 500))
 
 
 def build(flags="", **changes):
@@ -449,7 +450,7 @@ def test_drift_of_a_known_policy():
 def test_denoiser_of_the_optimum(gamma, tolerance):
     """It is E[eps | x_t] under p*, summed over a grid."""
     toy = build(f"--gamma {gamma}")
-    grid = dpo.grid_points()
+    grid = distance.grid_points()
     x_t = torch.randn(40, 2, generator=dpo.seeded_generator("test"))
     a_t, s_t = dpo.signal_and_noise(toy.alphas_cumprod[50], "epsilon")
     squares = (x_t[:, None] - a_t * grid).square().sum(2)
@@ -501,7 +502,7 @@ def test_a_job_is_the_run_of_the_script(script, method, flags, loss, few_samples
         script.main(["--toy", *line.split()])
     toy = dpo.Toy(parse(script, line))
     toy.load(tmp_path / "policy")
-    wanted, _ = dpo.measure_toy(toy)
+    wanted, _ = distance.measure_toy(toy)
     assert numbers | wanted == numbers
     assert numbers["curve"][1] == wanted | {"step": 4}
     assert loss is None or loss.called
