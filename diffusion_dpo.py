@@ -128,7 +128,8 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 #   alphas_cumprod, weight, shape     (T,), (T,), and the shape of one x_0
 #   pairs, held_out          pairs[epoch, row]: crop, flip and noise of a pair depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
-#   cfg, subfolder, content(), save(folder), load(folder)   for part 5, which writes checkpoints
+#   content()                a dict of hashes; a run is resumed only if they have not changed
+#   cfg, subfolder, save(folder), load(folder)   for part 5, which writes checkpoints
 
 def elbo_weight(alphas_cumprod):
     """T omega_t (T,). With this weight, the error of one draw estimates minus the ELBO, in nats.
@@ -312,7 +313,7 @@ class Toy:
         return (beta * self.reference.log_prob(x) + self.reward(x)) / (beta + gamma)
 
     def content(self):
-        return {}  # all of it follows from the settings
+        return {}  # data and weights follow from the settings
 
     def encode(self, batch):
         return batch["x_w"], batch["x_l"], {}
@@ -480,21 +481,21 @@ def make_optimizer(parameters, cfg):
 
 def one_line(error):
     """The messages of an error and of its cause in one line, or its type if it has no message."""
-    words = f"{error} {error.__cause__ or ''}".split()
+    words = f"{error} {error.__cause__ or ''}".split()  # datasets has the reason in the cause
     return " ".join(words)[:400] or type(error).__name__
 
 @contextmanager
 def blame(what):
-    """Any error inside becomes a UserError that begins with `what`: a flag, or a file."""
+    """Turn any error of a with-block into a UserError that begins with `what`, such as a flag."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError):  # these are clear as they are
         raise
     except Exception as error:  # the errors of the libraries have no common base class
         raise UserError(f"{what}: {one_line(error)}") from None
 
 def hash_of(value):
-    """16 letters that depend on all of a value."""
+    """16 hex digits, which change if any part of the value changes."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 @contextmanager
@@ -516,11 +517,12 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 def save_checkpoint(out, task, optimizer, step):
-    """Write out/checkpoint-STEP; keep the two written last (a torn file may have a higher step)."""
+    """Write out/checkpoint-STEP, and keep only the two that were written last."""
     if is_main() and step > 0:
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
             task.save(folder / task.subfolder)
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        # Sort by time, not by step: a torn checkpoint may have a higher step.
         outdated = sorted(out.glob("checkpoint-[0-9]*"), key=os.path.getmtime)[:-2]
         for old in [*outdated, *out.glob(".checkpoint-*.partial")]:
             shutil.rmtree(old)
@@ -553,8 +555,8 @@ class Run:
 
     def __init__(self, task, cfg, optimizer):
         self.task, self.cfg, self.out = task, cfg, Path(cfg.out)
-        self.content = task.content()
-        check_out(cfg, self.content)
+        self.content = task.content()  # hashes of the data and the weights
+        check_out(cfg, self.content)  # part 9: refuses the folder of another run
         self.lock()
         self.save = functools.partial(save_checkpoint, self.out, task, optimizer)
         self.first_step = load_checkpoint(self.out, task, optimizer)
@@ -584,15 +586,15 @@ class Run:
 
     def lock(self):
         """Raise UserError if another run is at work in --out. A lock ends with its process."""
-        is_free = True
+        is_taken = False
         if is_main():
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.out / ".lock", "w")
+            self.lock_file = open(self.out / ".lock", "w")  # it stays open: closing it unlocks it
             try:
                 fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                is_free = False
-        if not gather(is_free)[0]:
+                is_taken = True
+        if gather(is_taken)[0]:  # what process 0 found
             raise UserError(f"--out {self.out}: another run is at work in it")
 
     def read_rows(self):
@@ -666,15 +668,15 @@ class Run:
 
 
 def report_toy(task, rows):
-    """Let toy/distance.py tell how near the policy is to p*."""
+    """Let toy/distance.py print how near the policy is to p*."""
     try:
         from toy import distance
         distance.report_toy(task, rows)
-    except ImportError as error:
+    except ImportError as error:  # this file is used without toy/
         print(f"WARNING     no table of the toy: {error}")
 
 def save_picture(task, path, rows, *measured):
-    """Let toy/figure.py plot reference and policy. `measured`: what measure_toy() returned."""
+    """Let toy/figure.py plot reference and policy. `measured` is from distance.measure_toy()."""
     try:
         from toy import figure
         figure.draw(task, path, rows, *measured)
@@ -710,7 +712,7 @@ def evaluate(task):
     return mean_metrics(sums, n)
 
 def load_weights(task, named):
-    """Load a folder of weights, a checkpoint or a run that has ended. Raises UserError."""
+    """Load the weights of a folder, a checkpoint, or an ended run. Raises UserError."""
     folder = Path(named, task.subfolder)
     folder = folder if folder.exists() else Path(named)
     with blame(f"{folder}: it cannot be loaded into --model"):
@@ -735,19 +737,24 @@ def root_of(data):
     return Path(data).parent if Path(data).is_file() else Path(data)
 
 def find_files(data, split):
-    """The files of a local --data that hold a split. Raises ValueError.
+    """The files of one split of a local --data. Raises ValueError.
 
-    In a folder, train is all .parquet files but those that are named for another split.
+    A single file is "train". In a folder, "test" is the files whose names, or whose folders' names,
+    begin with "test". "train" is all files except those that are named for another split.
     """
     if Path(data).is_file() and split == "train":
         return [Path(data)]
+
+    def is_named(file, names):
+        return re.match(rf"(.*/)?({names})[-_./]", file.relative_to(data).as_posix())
+
     found = sorted(Path(data).rglob("*.parquet"))
     found += Path(data).glob("pairs.jsonl")
-    others = r"(test|val|valid|validation|dev|eval)[-_.]"
-    files = [file for file in found if file.name.startswith(split)
-             or split == "train" and not re.match(others, file.name)]
+    others = "test|val|valid|validation|dev|eval"
+    files = [file for file in found
+             if is_named(file, split) or split == "train" and not is_named(file, others)]
 
-    # Of a set such as train-00000-of-00003.parquet, none should be missing.
+    # Files such as train-00000-of-00003.parquet form a set. Count the files of each set.
     names = "\n".join(str(file) for file in files)
     for (name, of), there in Counter(re.findall(r"(.+)-\d+-of-(\d+)\.", names)).items():
         if there < int(of):
@@ -755,8 +762,8 @@ def find_files(data, split):
     return files
 
 def read_json(file):
-    """{column: values} of a JSON list of objects, or of lines with one each. Raises ValueError."""
-    content = Path(file).read_bytes()
+    """Read a JSON list of objects, or one object per line: {column: values}. Raises ValueError."""
+    content = file.read_bytes()
     if content.lstrip().startswith(b"["):
         rows = json.loads(content)
     else:
@@ -765,15 +772,15 @@ def read_json(file):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError as error:  # json counts each line as line 1
-                message = str(error).replace("line 1 column", "column")
-                raise ValueError(f"line {number}: {message}") from None
+                message = f"line {number}: {error}".replace(": line 1 column", ": column")
+                raise ValueError(message) from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is {row!r}; it should be an object, in braces")
     return {name: [row.get(name) for row in rows] for name in set().union(*rows)}
 
 def load_table(data, split):
-    """All of a split: {column: values} of a JSON file, else a table of datasets.
+    """Read a whole split: {column: values} from JSON files, a datasets.Dataset from all others.
 
     Raises ValueError, and errors of datasets.
     """
@@ -781,32 +788,33 @@ def load_table(data, split):
     if not Path(data).exists():
         if data.count("/") != 1:
             raise ValueError("there is no such file or folder, and a hub id has one /")
-        return datasets.load_dataset(data, split=split, keep_in_memory=False)
-    files = [str(file) for file in find_files(data, split)]
-    if len(files) == 1 and files[0].endswith((".json", ".jsonl")):
+        return datasets.load_dataset(data, split=split)
+    files = find_files(data, split)
+    kinds = [file.suffix for file in files]
+    if kinds in ([".json"], [".jsonl"]):
         return read_json(files[0])
-    if not files or not all(file.endswith(".parquet") for file in files):
-        raise ValueError(f"split {split} is {files}; it should be .parquet, or one .json or .jsonl")
+    if set(kinds) != {".parquet"}:
+        names = [str(file) for file in files]
+        raise ValueError(f"split {split} is {names}; it should be .parquet, or one .json or .jsonl")
 
-    # datasets keeps a copy, which it finds again by the paths and times of the files. Times can be
-    # set. So the copy has a name made of their sizes and of the times that the disk itself keeps.
-    stats = [os.stat(file) for file in files]
-    state = [(each.st_size, each.st_ctime_ns) for each in stats]
-    names = [glob.escape(os.path.abspath(file)) for file in files]  # they would be patterns
-    return datasets.load_dataset("parquet", hash_of(state), data_files=names, split="train",
-                                 keep_in_memory=False)
+    # datasets copies the files once, and later finds its copy by their paths and dates. A program
+    # can set dates. So we name the copy by the sizes and by the ctimes, which no program can set.
+    state = [(file.stat().st_size, file.stat().st_ctime_ns) for file in files]
+    names = [glob.escape(os.path.abspath(file)) for file in files]  # else [1] is a pattern
+    return datasets.load_dataset("parquet", hash_of(state), data_files=names, split="train")
 
 def load_pairs(data, split):
     """A split of --data as a table with the columns prompt, first, second, label and row.
 
-    first and second are images. A label is 1 or 0 for the first or the second image, 0.5 or None
-    for a tie. row is the place in the whole split, such as "7 of train". Raises UserError.
+    first and second are images, as image_bytes takes them. A label is 1 if the first is preferred,
+    0 if the second is, and 0.5 or None if neither is. row is the place in the whole split, such as
+    "7 of train". Raises UserError.
     """
     import datasets
     with blame(f"--data {data}"):
-        whole = re.match(r"\w*", split)[0]
-        table = load_table(data, whole)
-        names = list(table) if isinstance(table, dict) else table.column_names
+        base = re.match(r"\w*", split)[0]  # "train" of "train[:-100]"
+        table = load_table(data, base)
+        names = list(getattr(table, "column_names", table))  # of a dict: its keys
         fitting = [each for each in FORMATS if set(each) - {None} <= set(names)]
         if not fitting:
             raise ValueError(f"columns {names}; they should hold one of {FORMATS}")
@@ -819,12 +827,12 @@ def load_pairs(data, split):
         labels = table[label][:] if label else [1] * len(captions)
         for value in set(labels) - {0, 0.5, 1, None}:
             raise ValueError(f"{label} holds {value!r}; it should be 0, 0.5 or 1")
-        if label and "label_1" in names:  # both may be 0, or both 1
+        if label and "label_1" in names:  # one should be 1 and the other 0
             both = zip(labels, table["label_1"], strict=True)
             labels = [a if {a, b} == {0, 1} else None for a, b in both]
         if label and "has_label" in names:
             both = zip(labels, table["has_label"], strict=True)
-            labels = [label if has_label else None for label, has_label in both]
+            labels = [a if has_label else None for a, has_label in both]
 
         if isinstance(table, dict):
             table = datasets.Dataset.from_dict({name: table[name] for name in columns})
@@ -832,9 +840,10 @@ def load_pairs(data, split):
             table = table.cast_column(column, datasets.Image(decode=False))
         new_names = dict(zip(columns, ["prompt", "first", "second"], strict=True))
         table = table.select_columns(columns).rename_columns(new_names)
-        rows = [f"{row} of {whole}" for row in range(len(labels))]
+        rows = [f"{row} of {base}" for row in range(len(labels))]
         table = table.add_column("label", labels).add_column("row", rows)
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({whole: len(labels)})
+        # The rows have their numbers before a part is taken, so parts can be compared.
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(labels)})
         return table.select([row for part in parts for row in range(part.from_, part.to)])
 
 def image_bytes(value, root):
@@ -844,9 +853,10 @@ def image_bytes(value, root):
     """
     if value["bytes"]:
         return value["bytes"]
-    file = Path(os.path.abspath(root / value["path"]))  # without ..
+    # The list may be a stranger's, so its paths should not leave `root`. A link in `root` may.
+    file = Path(os.path.abspath(root / value["path"]))  # this removes .. but follows no link
     if not (file.is_relative_to(os.path.abspath(root))
-            or file.resolve().is_relative_to(root.resolve())):  # through links
+            or file.resolve().is_relative_to(root.resolve())):  # `root` may be reached by a link
         raise ValueError(f"{file} is not in the folder of the data")
     return file.read_bytes()
 
@@ -872,9 +882,8 @@ def crop_square(image, size, u, v, flip):
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, centering=(u, v))
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
-
 def blank_pair(cfg, epoch, row):
-    """What stands in for a pair that cannot be read."""
+    """Two black images without a caption, in place of a pair that cannot be read."""
     images = torch.zeros(2, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
     return {"epoch": epoch, "row": row, "unreadable": 1.0, "prompt": "", "images": images}
 
@@ -888,16 +897,16 @@ class ImagePairs:
         if not decided:
             raise UserError(f"--data {cfg.data}: no pair of split {split} has a preference")
         self.cfg, self.root, self.table = cfg, root_of(cfg.data), whole.select(decided)
-        self.source = whole.cache_files  # for a hub id, they name the revision
+        self.source = whole.cache_files  # of a hub id, the files' paths name the revision
         print_once(f"data        {cfg.data}, {split}: {len(self):,} pairs;"
                    f" {len(whole) - len(self):,} ties or unlabelled ones dropped")
 
     def content(self):
-        """A hash of all captions and labels, and of the images of up to 1,000 pairs."""
+        """A hash of all captions and labels, and of the images of at most 1,000 pairs."""
         found = [self.table["prompt"][:], self.table["label"][:]]
         for row in range(0, len(self), math.ceil(len(self) / 1000)):
             for side in ("first", "second"):
-                with suppress(Exception):  # an unreadable image is reported when it is met
+                with suppress(Exception):  # training reports an unreadable image
                     found.append(hash_of(image_bytes(self.table[row][side], self.root)))
         return hash_of(found)
 
@@ -929,7 +938,7 @@ class ImagePairs:
         try:
             return self.read(epoch, row) | {"epoch": epoch, "row": row, "unreadable": 0.0}
         except Exception as error:  # decoders raise anything; it all means the same
-            number = self.table["row"][row]  # with the ties counted
+            number = self.table["row"][row]  # its place in the whole split
             print(f"\nunreadable  row {number}, {self.cfg.data}: {one_line(error)}")
             return blank_pair(self.cfg, epoch, row)
 
@@ -942,14 +951,16 @@ HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 LORA_LAYERS = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # add: SD3's, for the text
 
 def load_part(folder, name, library, kind):
-    """A network of a pipeline, on the CPU. Raises ValueError, and the libraries' errors."""
+    """Load part `name`, a library.kind, on the CPU. Raises ValueError and the libraries' errors."""
+    # Files in half precision are read if there are no others.
     files = [file.name for file in Path(folder, name).glob("*.safetensors")]
     variant = "fp16" if files and all(".fp16" in file for file in files) else None
+    # With ignore_mismatched_sizes, info names what does not fit. Without it, no error names it.
     part, info = getattr(importlib.import_module(library), kind).from_pretrained(
         folder, subfolder=name, variant=variant, use_safetensors=True, output_loading_info=True,
         ignore_mismatched_sizes=True)
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong:  # the libraries go on, with random numbers in their place
+    if wrong:  # the libraries leave random numbers in their place
         raise ValueError(f"weights are missing or of another shape: {wrong}")
     return part
 
@@ -960,17 +971,16 @@ def load_pipeline(model):
     for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
     if model in HUB and Path(model).exists():
-        print_once(f"WARNING     --model {model} is {HUB[model]}; the folder here is ./{model}")
-    folder, parts = HUB.get(model, model), {"safety_checker": None}
+        print_once(f"WARNING     --model {model} is {HUB[model]}. For the folder write ./{model}")
+    folder, parts = HUB.get(model, model), {"safety_checker": None}  # a hub id until downloaded
     with blame(f"--model {model}"):
         if not Path(folder).is_dir():
-            folder = diffusers.DiffusionPipeline.download(
-                folder, use_safetensors=True, safety_checker=None)
+            folder = diffusers.DiffusionPipeline.download(folder, use_safetensors=True, **parts)
         for name, kind in diffusers.DiffusionPipeline.load_config(folder).items():
             if kind == [None, None]:
-                parts[name] = None  # left out, such as a T5
+                parts[name] = None  # the folder has none, as SD3 without its T5
             elif re.match("unet|transformer|vae|text_encoder", name):
-                with blame(f"--model {model}: {name}"):
+                with blame(f"--model {model}: {name}"):  # the line names the part that is wrong
                     parts[name] = load_part(folder, name, *kind)
         return diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
 
@@ -1051,11 +1061,13 @@ class StableDiffusion:
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and part:  # SD3's third may be left out
                 part.to(dtype).requires_grad_(False)
-        vae = pipe.vae.config  # SDXL's pipeline undoes these two, and SD3's a shift
-        mean = "XL" in type(pipe).__name__ and vae.latents_mean or [vae.shift_factor or 0.0]
-        std = "XL" in type(pipe).__name__ and vae.latents_std or [1.0]
-        self.latent_mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.latent_std = torch.tensor(std, device=device).view(-1, 1, 1)
+        # The pipelines undo this of latents: SDXL's a mean and a deviation, SD3's a shift.
+        vae = pipe.vae.config
+        is_xl = "XL" in type(pipe).__name__
+        mean = is_xl and vae.latents_mean or [vae.shift_factor or 0.0]
+        std = is_xl and vae.latents_std or [1.0]
+        self.latent_mean, self.latent_std = (
+            torch.tensor(each, device=device).view(-1, 1, 1) for each in (mean, std))
         # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
         pipe.vae.float().requires_grad_(False).enable_slicing()
         pipe.to(device)
@@ -1071,7 +1083,7 @@ class StableDiffusion:
             init_lora_weights="gaussian"))  # as in diffusers' examples
 
     def content(self):
-        """For config.json: where model and data come from, and hashes of what they hold."""
+        """A part of config.json: where model and data come from, and hashes of what they hold."""
         networks = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         weights = [p.detach() for network in networks for p in network.parameters()]
         hashes = [torch.hash_tensor(each).item() for each in [self.alphas_cumprod, *weights]]
@@ -1197,8 +1209,9 @@ PIPELINES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sd
              "StableDiffusion3Pipeline": "sd35"}
 ONLY_FOR_IMAGES = {"lora", "data", "split", "eval_split", "resolution", "caption_dropout",
                    "checkpointing"}
+# A run may be resumed with other values of these.
 MAY_CHANGE = {"out", "save_every", "sample_every", "eval_every", "eval_split", "workers",
-              "micro_batch", "sources"}  # and it is still the same run
+              "micro_batch", "sources"}
 POSITIVE = {"beta", "draws", "steps", "batch", "micro_batch", "save_every", "resolution"}
 SHARES = {"caption_dropout", "warmup", "decay"}
 
@@ -1221,7 +1234,7 @@ def find_preset(model):
     if model in PRESETS:
         return model
     if Path(model).is_file():
-        raise UserError(f"--model {model}: it should be a folder. A checkpoint in one file becomes"
+        raise UserError(f"--model {model}: it should be a folder. A single file is made into"
                         " one by python -c \"import diffusers; diffusers.StableDiffusionXLPipeline"
                         f".from_single_file('{model}').save_pretrained('FOLDER')\" (or without XL)")
     from diffusers import DiffusionPipeline
@@ -1242,7 +1255,7 @@ def parse(argv=None, config=Config, presets=PRESETS):
     models.add_argument("--toy", action="store_const", const="toy", dest="model")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
-    # Read the classes' own text, a later one wins: `name: type = default  # meaning` is --name.
+    # Each line `name: type = default  # meaning` of the classes is a flag. A subclass's line wins.
     source = "".join(inspect.getsource(each) for each in reversed(config.__mro__[:-1]))
     for name, meaning in dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M)).items():
         kind, default = config.__dataclass_fields__[name].type, getattr(config, name)
@@ -1287,12 +1300,13 @@ def check_flags(cfg):
         raise UserError("--eval-split is missing; it names the held-out pairs to evaluate on")
 
 def check_out(cfg, content=()):
-    """Raise UserError unless --out is new or empty, or holds this very run, of this content."""
+    """Raise UserError unless --out is new or empty, or holds this run. content: task.content()."""
     out = Path(cfg.out)
-    model, folder = Path(cfg.model, "model_index.json").resolve(), out.resolve()
-    if model.exists() and (folder in model.parents or model.parent in folder.parents):
+    folder, model = out.resolve(), Path(cfg.model).resolve()
+    nested = folder.is_relative_to(model) or model.is_relative_to(folder)
+    if nested and (model / "model_index.json").exists():
         raise UserError(f"--out {out}: it holds --model, or lies in it; name another folder")
-    if not any(out.glob("[!.]*")):  # hidden files do not count
+    if not any(out.glob("[!.]*")):  # hidden files, such as .lock, do not count
         return
     with blame(f"--out {out}: it holds files but no run; name a new folder"):
         there = dict(json.loads((out / "config.json").read_text())["config"])
@@ -1301,7 +1315,7 @@ def check_out(cfg, content=()):
                    for name in sorted(here.keys() - MAY_CHANGE) if there.get(name) != here[name]]
     if differences:
         raise UserError(f"--out {out}: it holds another run, where {'; '.join(differences)}."
-                        " (--warmup and --decay are shares of --steps, so these belong to a run.)")
+                        " (--steps may not change, as --warmup and --decay are shares of it.)")
 
 def make_task(cfg, device):
     """What cfg.model names, with its data. Raises UserError."""
@@ -1324,7 +1338,7 @@ def make_task(cfg, device):
 def main(argv=None):
     cfg = parse(argv)
     if cfg.evaluate is None:
-        check_out(cfg)
+        check_out(cfg)  # before a model is loaded; Run checks again, with its content
     task = make_task(cfg, start_processes(torch.cuda.is_available() and cfg.model != "toy"))
     if cfg.evaluate is None:
         rows = train(task, cfg)
@@ -1350,8 +1364,8 @@ def run_command(main):
         sys.excepthook(*sys.exc_info())  # prints the traceback
         code = 1
 
-    # Leave at once: workers ignore signals, so an ordinary exit could wait for them for ever; and
-    # in 1 of 20 exits torch's threads aborted while they were taken down.
+    # Leave at once. Workers ignore signals, so an ordinary exit could wait for them for ever. Also,
+    # in 1 of 20 ordinary exits torch's threads aborted.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,15 +1,14 @@
-"""How near is a policy of the toy to p*, the optimum? The table at the end of a run of --toy.
+"""The table at the end of a run of --toy: how near is the policy to p*, the optimum?
 
-A policy is sampled, and its samples are counted in the squares of a grid. Of the reference and of
-p* the densities are known, so the probability of each square is, too.
+The policy is sampled, and its samples are counted in the squares of a grid. The densities of the
+reference and of p* are known, so their probability of each square is computed.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+# Python knows the running script as __main__, so this loads it once more. That does no harm.
 import diffusion_dpo as dpo
 
 
@@ -36,7 +35,8 @@ def toy_sample(denoiser, alphas_cumprod, n, gen, eta=1.0):
     return x
 
 
-EXTENT, BINS, FINE = 5.0, 30, 8  # half the width; squares per side; points per side of a square
+# Half the width of the grid, its squares per side, and the points per side of a square.
+EXTENT, BINS, FINE = 5.0, 30, 8
 
 
 def grid_points():
@@ -66,7 +66,8 @@ def entropy(p):
 def measure_toy(toy, samples=50_000):
     """Compare reference, optimum and policy: numbers, and densities {name: (BINS, BINS)}.
 
-    The policy is sampled by DDPM and by an ODE. tv_floor is the TV of samples of p* itself.
+    The policy is sampled by DDPM and by an ODE. TV is the total variation to p*, and tv_floor is
+    that of samples of p* itself.
     """
     gen = dpo.seeded_generator(toy.cfg.seed, "toy report")
     points = grid_points()
@@ -96,5 +97,6 @@ def report_toy(toy, rows):
         print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          f"policy: by DDPM; policy_ode: by an ODE; floor: from p*. See {toy.cfg.out}/toy.png")
+          "TV is the total variation. policy is sampled by DDPM, policy_ode by an ODE, floor from"
+          f" p* itself. See {toy.cfg.out}/toy.png")
     dpo.save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)

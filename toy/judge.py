@@ -59,7 +59,7 @@ def load_scorer(name, device):
         linear = nn.Linear(model.config.projection_dim, 1)
         if head:
             linear.load_state_dict(load_file(head))
-        if info["missing_keys"]:  # they would be random
+        if info["missing_keys"]:  # the library leaves random numbers in their place
             raise ValueError(f"weights are missing: {sorted(info['missing_keys'])}")
     except Exception as error:  # the hub's and safetensors' errors have no common base class
         raise dpo.UserError(f"scorer {name}: {dpo.one_line(error)}") from error
