@@ -788,7 +788,8 @@ def load_table(data, split):
     if not Path(data).exists():
         if data.count("/") != 1:
             raise ValueError("there is no such file or folder, and a hub id has one /")
-        return datasets.load_dataset(data, split=split)
+        # In memory, a table would not tell where it comes from.
+        return datasets.load_dataset(data, split=split, keep_in_memory=False)
     files = find_files(data, split)
     kinds = [file.suffix for file in files]
     if kinds in ([".json"], [".jsonl"]):
@@ -1084,11 +1085,16 @@ class StableDiffusion:
 
     def content(self):
         """A part of config.json: where model and data come from, and hashes of what they hold."""
-        networks = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        weights = [p.detach() for network in networks for p in network.parameters()]
-        hashes = [torch.hash_tensor(each).item() for each in [self.alphas_cumprod, *weights]]
+        pipe, parts = self.pipe, self.pipe.components.values()
+        tensors = [each.cpu() for part in parts if isinstance(part, nn.Module)
+                   for each in part.state_dict().values()]
+        found = [(torch.hash_tensor(each).item(), each.flatten()[::1009].tolist())
+                 for each in tensors]  # a hash does not see the order of numbers, nor all signs
+        found += [sorted(part.get_vocab().items()) for part in parts if hasattr(part, "get_vocab")]
+        for config in pipe.config, pipe.scheduler.config, pipe.vae.config:
+            found += [(name, value) for name, value in config.items() if name[0] != "_"]
         sources = [self.policy.network.config.get("_name_or_path"), self.pairs.source]
-        return {"sources": sources, "content of --model": hash_of([self.prediction, hashes]),
+        return {"sources": sources, "content of --model": hash_of(found),
                 "content of --data": self.pairs.content()}
 
     def without_adapters(self, x_t, t, **cond):
