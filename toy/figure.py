@@ -46,14 +46,19 @@ def draw(task, path, rows, *measured):
 # ----------------------------------------------------------------------------------------- images
 
 def make_sheet(task, path):
-    """Reference (left) and policy (right) from the same noise, for each of four prompts."""
+    """Reference (left) and policy (right) from the same noise, for the first prompts of the pairs.
+
+    There are four prompts, or twelve if images are as small as 64 pixels.
+    """
     from diffusers.utils import make_image_grid
-    prompts = list(task.pairs.table["prompt"][:4])
+    prompts = dict.fromkeys(prompt or "" for prompt in task.pairs.table["prompt"][:200])
+    jobs = [(prompt, task.cfg.seed) for prompt in prompts][:12 if task.cfg.resolution <= 64 else 4]
     images = []
-    for prompt in prompts:
-        for side in ("reference", "policy"):
-            images += sample_images(task, side, [(prompt or "", task.cfg.seed)])
-    make_image_grid(images, len(prompts), 2).save(path)
+    for first in range(0, len(jobs), task.cfg.micro_batch):
+        part = jobs[first:first + task.cfg.micro_batch]
+        sides = [sample_images(task, side, part) for side in ("reference", "policy")]
+        images += [image for pair in zip(*sides, strict=True) for image in pair]
+    make_image_grid(images, len(jobs), 2).save(path)
 
 
 def sample_images(task, side, jobs):

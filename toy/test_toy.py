@@ -281,7 +281,7 @@ def test_sheet_shows_reference_and_policy(tiny, tmp_path, monkeypatch, lora):
         change_weights(task)
     before, after = sheets
     reference = before[:, :64]
-    assert reference.shape == (4 * 64, 64, 3)
+    assert reference.shape == (12 * 64, 64, 3)
     assert (before[:, 64:] == reference).all()
     assert (after[:, :64] == reference).all()
     assert (after[:, 64:] != reference).any()
