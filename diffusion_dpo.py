@@ -956,7 +956,7 @@ def load_part(folder, name, library, kind):
     # Files in half precision are read if there are no others.
     files = [file.name for file in Path(folder, name).glob("*.safetensors")]
     variant = "fp16" if files and all(".fp16" in file for file in files) else None
-    # With ignore_mismatched_sizes, info names what does not fit. Without it, no error names it.
+    # With ignore_mismatched_sizes, info names what does not fit. transformers' own error does not.
     part, info = getattr(importlib.import_module(library), kind).from_pretrained(
         folder, subfolder=name, variant=variant, use_safetensors=True, output_loading_info=True,
         ignore_mismatched_sizes=True)
@@ -1320,8 +1320,9 @@ def check_out(cfg, content=()):
     differences = [f"{name} is {there.get(name)} there, {here[name]} here"
                    for name in sorted(here.keys() - MAY_CHANGE) if there.get(name) != here[name]]
     if differences:
-        raise UserError(f"--out {out}: it holds another run, where {'; '.join(differences)}."
-                        " (--steps may not change, as --warmup and --decay are shares of it.)")
+        steps_differ = there.get("steps") != cfg.steps
+        why = " (--warmup and --decay are shares of --steps)" if steps_differ else ""
+        raise UserError(f"--out {out}: it holds another run, where {'; '.join(differences)}{why}")
 
 def make_task(cfg, device):
     """What cfg.model names, with its data. Raises UserError."""

@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion that draws faces, pairs of them, and what a training changes.
 
-    python toy/faces.py               # makes toy/tiny-faces, once; about ten minutes
+    python toy/faces.py               # makes toy/tiny-faces, once; a quarter of an hour
     python toy/faces.py look RUN      # what a training has changed: numbers, a sheet and a film
 
 The model knows 12 captions, such as "a red face on a blue ground". It is made like the published
@@ -9,8 +9,8 @@ caption says whether a face smiles, so the model draws every mouth from sad to h
 
 Its own samples are the pairs. They have the columns of Pick-a-Pic, and the last HELD_OUT of them
 are not for training. What is preferred is the **smile**, which smile_of() measures. What should not
-suffer is the **quality**, see Truth. Labels are drawn by chance, by Bradley-Terry, for the reward
-REWARD * smile.
+suffer is the **quality**, which truth() measures. Labels are drawn by chance, by Bradley-Terry, for
+the reward REWARD * smile.
 
 The folder also holds clip/, a scorer for toy/judge.py that was trained on preferences as PickScore
 was, and errs; and prompts.txt, the 12 captions. Nothing is downloaded.
