@@ -1198,6 +1198,7 @@ class Config:
     save_every: int = 100  # steps between checkpoints; two are kept (ours)
     eval_every: int = 0  # steps between evaluations on --eval-split; 0: none (ours)
     sample_every: int = 250  # steps between pictures of reference and policy; 0: none (ours)
+    guidance: float = None  # guidance of the pictures; None: the pipeline's own
     evaluate: str = None  # only judge a policy on --eval-split: that of --out, or of folder X
 
 
@@ -1214,7 +1215,7 @@ PRESETS = {
 PIPELINES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl",
              "StableDiffusion3Pipeline": "sd35"}
 ONLY_FOR_IMAGES = {"lora", "data", "split", "eval_split", "resolution", "caption_dropout",
-                   "checkpointing"}
+                   "checkpointing", "guidance"}
 # A run may be resumed with other values of these.
 MAY_CHANGE = {"out", "save_every", "sample_every", "eval_every", "eval_split", "workers",
               "micro_batch", "sources"}

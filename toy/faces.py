@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion that draws faces, pairs of them, and what a training changes.
 
-    python toy/faces.py               # makes toy/tiny-faces, once; a quarter of an hour
+    python toy/faces.py               # makes toy/tiny-faces, once; under ten minutes
     python toy/faces.py look RUN      # what a training has changed: numbers, a sheet and a film
 
 The model knows 12 captions, such as "a red face on a blue ground". It is made like the published
@@ -371,7 +371,7 @@ def draw_film(files, path):
 NEXT = """next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet --resolution 32 \\
           --split 'train[:-{held_out}]' --eval-split 'train[-{held_out}:]' --eval-every 100 \\
           --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 300 --sample-every 30 \\
-          --out runs/faces
+          --guidance 1 --out runs/faces
       python toy/faces.py look runs/faces"""
 
 

@@ -64,8 +64,8 @@ def make_sheet(task, path):
 def sample_images(task, side, jobs):
     """Images (PIL) of the "reference" or the "policy" for jobs (prompt, number), in one batch.
 
-    A job has its own noise, which is the same for both sides. The sampling steps and the guidance
-    are the pipeline's own.
+    A job has its own noise, which is the same for both sides. The sampling steps are the pipeline's
+    own, and so is the guidance unless --guidance tells another.
     """
     if not jobs:
         return []
@@ -74,10 +74,11 @@ def sample_images(task, side, jobs):
     noise = torch.stack([torch.randn(task.shape, generator=gen) for gen in gens])
 
     task.pipe.set_progress_bar_config(disable=True)
-    size = task.cfg.resolution
+    size, guidance = task.cfg.resolution, task.cfg.guidance
+    options = {} if guidance is None else {"guidance_scale": guidance}
     with network_of(task, side):
         return task.pipe([prompt for prompt, _ in jobs], height=size, width=size, generator=gens,
-                         latents=noise.to(task.weight.device)).images
+                         latents=noise.to(task.weight.device), **options).images
 
 
 @contextmanager

@@ -1,24 +1,30 @@
-"""Make every figure and number of the 2-D toy that README.md and toy/*.md show.
+"""Make every figure and number of the experiments that README.md and toy/*.md show.
 
-    python toy/study.py        # toy/study/*, toy/toy.png, toy/toy.gif; over an hour on two cores
+    python toy/study.py                     # all of them; about three hours on two cores
+    python toy/study.py a-draws faces-clean # some of them, by name
 
-EXPERIMENTS says what is trained, by name and setting. Each setting is trained with seeds 0, 1, 2.
+EXPERIMENTS says what is trained, by name and setting; those on faces are in study_faces.py. Each
+setting is trained with seeds 0, 1, 2. Numbers and figures go into toy/study. What is trained is
+kept in runs/study, so the same command goes on where it was stopped. After a change of the code,
+remove that folder.
+
 A full run is that of `diffusion_dpo.py --toy`. A short one has a sixth of its network calls: 1000
 steps of 16 pairs of 64 draws, two million calls.
 """
 
 import contextlib
-import functools
 import io
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -27,7 +33,6 @@ import matplotlib
 import numpy
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -37,7 +42,7 @@ import on_policy
 
 import diffusion_dpo as dpo
 from diffusion_dpo import toy_reward
-from toy import distance
+from toy import distance, remedies, study_faces
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -90,22 +95,6 @@ class DeeperPolicy(dpo.ToyPolicy):
         self.net = nn.Sequential(*body, nn.Linear(width, width), nn.SiLU(), last)
 
 
-def own_step(loss):
-    """A step for dpo.train, with loss(toy, batch, errors) -> losses (B,), logits (B,)."""
-
-    def step(toy, batch, cfg):
-        errors = dpo.batch_errors(toy, batch, cfg.draws, cfg.seed)
-        losses, logit = loss(toy, batch, errors)
-        (losses.sum() / cfg.batch).backward()
-        return dpo.metric_sums(batch, losses, logit, errors)
-
-    return step
-
-
-def plain_loss(toy, batch, errors):
-    return dpo.dpo_loss(*errors, toy.cfg.beta, toy.cfg.gamma)
-
-
 def anchored_loss(toy, batch, errors, anchor):
     """DPO plus anchor (1 - the mean over both halves of p_theta / p_ref).
 
@@ -113,7 +102,7 @@ def anchored_loss(toy, batch, errors, anchor):
     rise of both errors cancels in the logit, but it lowers this ratio. Errors must be in nats and
     nearly free of noise. Keep the anchor well below beta^2 / 2: above, it rewards noise.
     """
-    losses, logit = plain_loss(toy, batch, errors)
+    losses, logit = remedies.plain(toy, batch, errors)
     err_w, err_l, ref_w, ref_l = errors
     ratio = ((ref_w - err_w).exp() + (ref_l - err_l).exp()) / 2
     return losses + anchor * (1 - ratio), logit
@@ -125,12 +114,12 @@ def exact_margin_loss(toy, batch, errors):
     exact_w = -toy.reference.log_prob(batch["x_w"])
     exact_l = -toy.reference.log_prob(batch["x_l"])
     exact = exact_w + err_w - ref_w, exact_l + err_l - ref_l, exact_w, exact_l
-    return plain_loss(toy, batch, exact)
+    return remedies.plain(toy, batch, exact)
 
 
 def sft_too_loss(toy, batch, errors):
     """DPO plus some plain denoising of the preferred points."""
-    losses, logit = plain_loss(toy, batch, errors)
+    losses, logit = remedies.plain(toy, batch, errors)
     return losses + 0.03 * errors[0], logit
 
 
@@ -286,7 +275,7 @@ def logit_noise(toy, pairs=2000, draws=32):
         err_w, _, ref_w, _ = errors(t, eps)
         for shared in logits:
             _, err_l, _, ref_l = errors(*noise_l[shared])
-            _, logit = plain_loss(toy, None, (err_w, err_l, ref_w, ref_l))
+            _, logit = remedies.plain(toy, None, (err_w, err_l, ref_w, ref_l))
             logits[shared].append(logit)
 
     std = {shared: torch.stack(each).std(0).mean().item() for shared, each in logits.items()}
@@ -364,9 +353,10 @@ class Job:
 
 FULL = Job("--eval-every 3000", samples=50_000, measures=(judgement, drift))
 SHORT = Job("--steps 1000 --batch 16 --eval-every 0")
+SHORT_JUDGED = SHORT.but(measures=(judgement,))
 LONG = Job("--steps 6000 --batch 32 --draws 8 --eval-every 0 --sample-every 1000")
-ANCHOR = functools.partial(anchored_loss, anchor=0.05)
-STRONG_ANCHOR = functools.partial(anchored_loss, anchor=0.2)
+ANCHOR = partial(anchored_loss, anchor=0.05)
+STRONG_ANCHOR = partial(anchored_loss, anchor=0.2)
 D3PO = Job("--steps 205", method="d3po")  # as many network calls as SHORT
 SPO = Job("--steps 140", method="spo")
 ONE_MODE = SHORT.but(ring=OneMode, reward=no_reward, measures=(width,))
@@ -443,11 +433,19 @@ EXPERIMENTS = {  # {name: {setting: job}}
         "SEE-DPO, gamma 0.5, anchor 0.05": SEE_FULL.but(loss=ANCHOR),
         "SEE-DPO, gamma 0.5, anchor 0.05, distilled": SEE_FULL.but(loss=ANCHOR, distilled=True),
     },
+    "j-remedies": {"DPO, lr 3e-3": SHORT_JUDGED, "DPO, lr 1e-3": SHORT_JUDGED.but("--lr 1e-3"),
+                   "DPO, lr 3e-4": SHORT_JUDGED.but("--lr 3e-4")}
+    | {name: SHORT_JUDGED.but(loss=loss) for name, loss in study_faces.LOSSES.items()}
+    | {
+        "gamma 0.025": SHORT_JUDGED.but("--gamma 0.025"),
+        "beta 2": SHORT_JUDGED.but("--beta 2"),
+        "4 draws of 256 pairs": SHORT_JUDGED.but("--draws 4 --batch 256 --micro-batch 256"),
+    },
     "i-yardsticks": {
         "exact denoiser": FULL.but(yardstick=exact_denoiser),
         "reward model": FULL.but(yardstick=reward_model),
     },
-}
+} | study_faces.EXPERIMENTS
 
 
 def build(job, cfg):
@@ -489,6 +487,8 @@ def run(job):
         curve.append({"step": int(path.stem[-8:])} | measure(toy, job)[0])
 
     with quiet_folder() as out, mock.patch.object(dpo, "save_picture", add_to_curve):
+        if isinstance(job, study_faces.FaceJob):
+            return study_faces.run(job, out)
         argv = ["--toy", "--seed", str(job.seed), "--method", job.method, "--out", out]
         argv += job.flags.split()
         if job.method in ("d3po", "spo"):
@@ -498,12 +498,13 @@ def run(job):
         else:
             cfg = dpo.parse(argv)
             toy = build(job, cfg)
-            step = own_step(job.loss) if job.loss else dpo.dpo_step
+            step = remedies.step_of(job.loss) if job.loss else dpo.dpo_step
         if job.random_labels:
             toy.score = with_random_labels(toy.score, dpo.seeded_generator(job.seed, "labels"))
         if job.yardstick:
             return job.yardstick(toy)
-        rows = dpo.train(toy, cfg, step)
+        with remedies.prepared(toy, job.loss):
+            rows = dpo.train(toy, cfg, step)
     if job.distilled:
         distill(toy)
 
@@ -522,6 +523,9 @@ def run(job):
 def print_numbers(found):
     """The median of every number, and its range over the seeds."""
     for name, settings in found.items():
+        if name in study_faces.EXPERIMENTS:
+            study_faces.print_numbers(name, settings)
+            continue
         for setting, runs in settings.items():
             print(f"\n{name}: {setting}")
             for key, value in runs[0].items():
@@ -531,13 +535,14 @@ def print_numbers(found):
 
 
 def write_json(found):
-    """A file for each experiment, without the densities."""
+    """A file for each experiment, without the pictures of its runs."""
     for name, settings in found.items():
         rows = []
         for setting, runs in settings.items():
             for seed, numbers in zip(SEEDS, runs, strict=True):
                 row = {"setting": setting, "seed": seed} | numbers
-                del row["map"]
+                row.pop("map", None)
+                row.pop("sheet", None)
                 rows.append(row)
         (OUT / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -632,7 +637,7 @@ def plot_gamma(found):
         right.set(title="one Gaussian, no reward")
 
 
-def plot_entropy(found, name, shown):
+def plot_entropy(found, *, name, shown):
     """Two numbers over the steps of the runs of an experiment."""
     with new_figure(name) as axes:
         for ax, number in zip(axes, shown, strict=True):
@@ -687,7 +692,7 @@ def plot_drift(found):
         ax.set(title="distance to the denoiser of p*, on its samples")
 
 
-def plot_maps(found, name, maps):
+def plot_maps(found, *, name, maps):
     """Densities of the first seed side by side. maps: {title: (experiment, setting, whose)}."""
     with new_figure(name, len(maps), 2.5 * len(maps), 3.2) as axes:
         for ax, (title, (experiment, setting, whose)) in zip(axes, maps.items(), strict=True):
@@ -722,62 +727,89 @@ SOLVERS = {
 }
 
 
+def plot_faces(found):
+    """Smile against quality of each method, and what the remedies gain at equal quality."""
+    with new_figure("faces-methods", 1, 8, 5) as ax:
+        labels = {"DPO, labels by CLIP": found["faces-labels"]["the tiny CLIP"]}
+        study_faces.draw_paths(ax, found["faces-methods"] | labels)
+    with new_figure("faces-remedies", 2, 12, 5) as axes:
+        titles = {"faces-noisy": "800 noisy pairs", "faces-clean": "100 clean pairs"}
+        for ax, (name, title) in zip(axes, titles.items(), strict=True):
+            study_faces.draw_equal_quality(ax, found[name])
+            ax.set(title=title)
+    shown = ("DPO, lr 3e-5", "DPO, lr 1e-4", *study_faces.SHOWN)
+    clean = {name: found["faces-clean"][name] for name in shown}
+    study_faces.draw_sheet(clean, OUT / "faces-sheet.png")
+    with new_figure("faces-nats", 1, 7) as ax:
+        study_faces.draw_histograms(ax, found["faces-nats"]["beta 3"])
+
+
+FIGURES = [  # what draws them, and of which experiments
+    (plot_draws, {"a-draws"}),
+    (plot_beta, {"b-beta"}),
+    (plot_gamma, {"c-gamma"}),
+    (partial(plot_entropy, name="d-few-pairs", shown=("tv_policy", "entropy_policy")),
+     {"d-few-pairs"}),
+    (partial(plot_entropy, name="d-proxy", shown=("reward_policy", "proxy_policy")), {"d-proxy"}),
+    (plot_noise, {"e-noise"}),
+    (plot_methods, {"b-beta", "c-gamma", "h-methods"}),
+    (plot_drift, {"i-drift"}),
+    (partial(plot_maps, name="methods", maps=METHODS), {"readme", "b-beta", "h-methods"}),
+    (partial(plot_maps, name="i-solvers", maps=SOLVERS), {"i-drift"}),
+    (plot_faces, {"faces-methods", "faces-labels", "faces-noisy", "faces-clean", "faces-nats"}),
+]
+
+
 def plot_all(found):
-    """All figures. found: {experiment: {setting: [numbers of a seed, ...]}}."""
-    plot_draws(found)
-    plot_beta(found)
-    plot_gamma(found)
-    plot_entropy(found, "d-few-pairs", ("tv_policy", "entropy_policy"))
-    plot_entropy(found, "d-proxy", ("reward_policy", "proxy_policy"))
-    plot_noise(found)
-    plot_methods(found)
-    plot_drift(found)
-    plot_maps(found, "methods", METHODS)
-    plot_maps(found, "i-solvers", SOLVERS)
+    """The figures whose experiments are in found: {experiment: {setting: [numbers, ...]}}."""
+    for plot, needed in FIGURES:
+        if needed <= found.keys():
+            plot(found)
 
 
-def film_default_run(folder):
-    """Run `--toy`. Its toy.png goes into `folder`, and toy.gif, the policy on its way to p*."""
+def draw_default_run(folder):
+    """Run `--toy`. Its toy.png goes into `folder`."""
     with quiet_folder() as out:
-        dpo.main(["--toy", "--sample-every", "100", "--out", out])
+        dpo.main(["--toy", "--out", out])
         shutil.copy(f"{out}/toy.png", folder)
-        frames = []
-        for path in sorted(Path(out, "samples").glob("*.png")):
-            picture = Image.open(path).convert("RGB")
-            width, height = picture.size
-            densities = picture.crop((width // 5, 0, 4 * width // 5, height // 2))
-            frames.append(densities.quantize(64))
-    frames[0].save(
-        folder / "toy.gif",
-        save_all=True,
-        append_images=frames[1:],
-        loop=0,
-        duration=[100] * (len(frames) - 1) + [3000],
-    )
 
 
-def main():
-    jobs = []
-    for settings in EXPERIMENTS.values():
-        for job in settings.values():
-            jobs += [job.but(seed=seed) for seed in SEEDS]
-    jobs = list(dict.fromkeys(jobs))  # a job that is in two experiments is run once
+def run_once(job):
+    """The numbers of a job, which a file in WORK keeps."""
+    name = re.sub(r" at 0x\w+", "", repr(job))  # functions have an address
+    file = study_faces.WORK / f"{dpo.hash_of(name)}.json"
+    if not file.exists():
+        dpo.write_json(file, run(job))
+    return json.loads(file.read_text())
+
+
+def main(argv=None):
+    names = (sys.argv[1:] if argv is None else argv) or list(EXPERIMENTS)
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise dpo.UserError(f"{name}: it should be one of {', '.join(EXPERIMENTS)}")
+    jobs = {}  # a job that is in two experiments is run once
+    for name in names:
+        for job in EXPERIMENTS[name].values():
+            jobs |= {job.but(seed=seed): None for seed in SEEDS}
 
     processes = min(os.cpu_count(), len(jobs))
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
-        numbers = list(tqdm(pool.imap(run, jobs), total=len(jobs), ncols=99, unit=" runs"))
+        if any(isinstance(job, study_faces.FaceJob) for job in jobs):
+            list(pool.imap(study_faces.make_base, SEEDS))
+        done = pool.imap(run_once, jobs)
+        jobs = dict(zip(jobs, tqdm(done, total=len(jobs), ncols=99, unit=" runs"), strict=True))
 
     found = {}
-    for name, settings in EXPERIMENTS.items():
-        found[name] = {
-            setting: [numbers[jobs.index(job.but(seed=seed))] for seed in SEEDS]
-            for setting, job in settings.items()
-        }
+    for name in names:
+        found[name] = {setting: [jobs[job.but(seed=seed)] for seed in SEEDS]
+                       for setting, job in EXPERIMENTS[name].items()}
     OUT.mkdir(exist_ok=True)
     write_json(found)
     print_numbers(found)
     plot_all(found)
-    film_default_run(HERE)
+    if "readme" in names:
+        draw_default_run(HERE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -16,11 +17,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import pyarrow.parquet
 import pytest
+import study
 import torch
 from PIL import Image
 
 import diffusion_dpo as dpo
-from toy import faces, judge
+from toy import faces, judge, study_faces
 
 torch.set_num_threads(1)
 BRIEF = {"drawings": 4, "vae_steps": 3, "unet_steps": 2, "clip_steps": 2, "pairs": 40}
@@ -88,6 +90,70 @@ def test_a_run_on_faces(base, tmp_path, capsys):
         assert (numbers["smile_reference"] == numbers["smile_policy"]) == (lr == "0")
         assert Image.open(f"{out}/look.gif").n_frames == (3 if lr == "1e-2" else 1)
     assert Image.open(f"{out}/look.png").size == (12 * 128, 2 * 128)
+
+
+@pytest.fixture
+def brief_study(base, tmp_path, monkeypatch):
+    """The study with a brief base, in which a point of a path is judged by one image a caption."""
+    (tmp_path / "base-0").symlink_to(base)
+    for name, value in {"WORK": tmp_path, "IMAGES": 2, "MANY": 2}.items():
+        monkeypatch.setattr(study_faces, name, value)
+    two_steps = {name: (*each[:2], 2) for name, each in study_faces.SOLVERS.items()}
+    monkeypatch.setattr(study_faces, "SOLVERS", two_steps)
+    study_faces.make_base(0)
+    yield
+    study_faces.reference_images.cache_clear()
+
+
+def run_briefly(**changes):
+    flags = "--steps 2 --batch 4 --lr 1e-2 --sample-every 1"
+    return study.run(study_faces.FaceJob(flags, pairs=20).but(**changes))
+
+
+def test_a_job_on_faces_is_the_run_of_the_script(brief_study, base, tmp_path):
+    """Encoded pairs give the losses of a run that reads and encodes the images itself."""
+    job = study_faces.FaceJob("--steps 3 --batch 8 --lr 1e-3 --sample-every 0", pairs=32)
+    task, cfg, step = study_faces.make_task(job, tmp_path / "encoded")
+    rows = dpo.train(task, cfg, step)
+    line = f"--model {base} --data {base}/pairs.parquet --split train[:32] --resolution 32"
+    line += f" {job.flags} --precision fp32 --workers 0 --micro-batch 32 --out {tmp_path}/run"
+    cfg = dpo.parse(line.split())
+    wanted = dpo.train(dpo.make_task(cfg, torch.device("cpu")), cfg)
+    for name in ("loss", "err_policy_w"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in wanted], rel=1e-3)
+
+
+def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
+    """Every table, figure and file of numbers of the chapter is made of what the jobs measure."""
+    numbers = run_briefly(measures=(study_faces.by_solver, study_faces.closed_form))
+    assert len(numbers["path"]) == 2
+    own = run_briefly(method="d3po", flags="--sampling-steps 2 --lora 0")
+    found = {name: dict.fromkeys(settings, [numbers, own | numbers, numbers])
+             for name, settings in study_faces.EXPERIMENTS.items()}
+    monkeypatch.setattr(study, "OUT", tmp_path / "out")
+    study.OUT.mkdir()
+    study.write_json(found)
+    study.print_numbers(found)
+    study.plot_all(found)
+    assert "| DPO, lr 1e-4 | +0." in capsys.readouterr().out
+    committed = {path.name for path in Path(study.HERE, "study").glob("faces*")}
+    assert {path.name for path in study.OUT.iterdir()} == committed
+
+
+@pytest.mark.parametrize("qualities, smile", [
+    ((0.01, 0.02), 0.4), ((-0.01, -0.02), 0.1), ((0.0, -0.01), 0.3), ((-0.01, 0.01), 0.4)])
+def test_smile_at_equal_quality(qualities, smile):
+    """It is the largest smile on the path, up to where the quality has fallen by 0.005."""
+    path = [{"smile": 0.2 * (i + 1), "quality": each} for i, each in enumerate(qualities)]
+    assert study_faces.smile_at_quality(path, 0.005) == pytest.approx(smile, abs=0.01)
+
+
+def test_shares_of_smiles():
+    """The shares of a histogram sum to 1, and smiles outside count in the outer bins."""
+    shares = study_faces.histogram(torch.tensor([-1.5, -1.1, 0.1, 1.4]))
+    assert shares[0] == 0.5 and shares[6] == shares[-1] == 0.25
+    weighted = study_faces.histogram(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 3.0]))
+    assert weighted[6] == 0.25 and math.isclose(weighted.sum(), 1)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 
 import diffusion_dpo as dpo
 from test_diffusion_dpo import metrics, same, sd_task, weights
-from toy import distance
+from toy import distance, remedies, study_faces
 
 
 def parse(script, flags=""):
@@ -412,6 +412,57 @@ def test_losses_by_hand(loss, gamma, more, logit):
     assert losses.item() == pytest.approx(math.log1p(math.exp(-logit)) + more, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "remedy, errors, loss, factors",
+    [
+        # errors e_w, e_l, r_w, r_l; the loss; its gradient by e_w and e_l, over that of the logit
+        (remedies.plain, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.709)),
+        (remedies.ipo, (1.0, 1.2, 1.1, 1.0), 0.01, (0.4, -0.4)),
+        (remedies.label_smoothing, (1.0, 1.2, 1.1, 1.0), 0.497, (-0.509, 0.509)),
+        (remedies.sft_mix, (1.0, 1.2, 1.1, 1.0), 0.937, (-1.209, 0.709)),
+        (remedies.strong_sft_mix, (1.0, 1.2, 1.1, 1.0), 0.937, (-1.209, 0.709)),
+        (remedies.dpop, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.709)),
+        (remedies.dpop, (1.2, 1.0, 1.1, 1.2), 1.784, (-9.984, 1.664)),
+        (remedies.clamp, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.709)),
+        (remedies.clamp, (0.5, 1.2, 1.1, 1.0), 0.313, (0, 0)),
+        (remedies.half_loser, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.355)),
+    ],
+)
+def test_remedies_by_hand(remedy, errors, loss, factors):
+    """The loss of one pair at beta 2, and how it falls with the two errors of the policy."""
+    errors = torch.tensor(errors)[:, None].requires_grad_()
+    task = SimpleNamespace(cfg=SimpleNamespace(beta=2.0, gamma=0.0))
+    losses, _ = remedy(task, None, errors.unbind())
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss, abs=1e-3)
+    assert (-errors.grad[:2, 0]).tolist() == pytest.approx(factors, abs=1e-3)
+
+
+def test_sdpo_keeps_the_preferred_error_falling():
+    """A rejected gradient along the preferred one is scaled down to a tenth of that. One that
+    points away from it is left as it is."""
+    task = SimpleNamespace(cfg=SimpleNamespace(beta=2.0, gamma=0.0))
+    for rejected, scale in ((4.0, 0.025), (-4.0, 1), (0.05, 1)):
+        task.output = torch.tensor([[1.0], [rejected]], requires_grad=True)
+        err_w, err_l = task.output.square().unbind()  # their gradients are 2 and 2 * rejected
+        losses, _ = remedies.sdpo(task, None, (err_w, err_l, err_w.detach(), err_l.detach()))
+        losses.sum().backward()
+        preferred, other = task.output.grad[:, 0].tolist()
+        assert other / preferred == pytest.approx(-rejected * scale)
+
+
+def test_moving_reference_follows():
+    """It goes a hundredth of the way to the policy. In the end the first reference is back."""
+    toy = build()
+    first = toy.reference
+    with remedies.prepared(toy, remedies.moving_reference):
+        change_weights(toy, by=1.0)
+        remedies.moving_reference(toy, None, torch.ones(4, 1))
+        gap = toy.policy.net[0].bias - toy.reference.net[0].bias
+        assert gap.tolist() == pytest.approx([0.99] * len(gap))
+    assert toy.reference is first
+
+
 def test_what_anchor_measures():
     """The mean of exp(r - e) over samples of p_ref is 1 if the policy is the denoiser of a density,
     here of p*. It is less if all its predictions are shifted by a constant."""
@@ -488,7 +539,7 @@ def test_a_distilled_job(monkeypatch):
     "script, method, flags, loss",
     [
         (dpo, "dpo", "--gamma 0.5 --eval-every 4", None),
-        (dpo, "dpo", "--gamma 0.5 --eval-every 0", mock.Mock(wraps=study.plain_loss)),
+        (dpo, "dpo", "--gamma 0.5 --eval-every 0", mock.Mock(wraps=remedies.plain)),
         (dpo, "sft", "--eval-every 0", None),
         (on_policy, "spo", "--sampling-steps 3 --gamma 5", None),
     ],
@@ -539,14 +590,33 @@ def test_all_figures_of_the_study(few_samples, tmp_path, monkeypatch):
     three_seeds = [study.run(job)] * 3
     found = {}
     for name, settings in study.EXPERIMENTS.items():
-        found[name] = dict.fromkeys(settings, three_seeds)
+        if name not in study_faces.EXPERIMENTS:
+            found[name] = dict.fromkeys(settings, three_seeds)
     monkeypatch.setattr(study, "OUT", tmp_path)
     study.write_json(found)
     study.plot_all(found)
 
     committed = {path.name for path in Path(study.HERE, "study").iterdir()}
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {name for name in committed if not name.startswith("shapes")}
+    assert made == {name for name in committed if not name.startswith("faces")}
+
+
+def test_a_part_of_the_study(few_samples, tmp_path, monkeypatch, capsys):
+    """A named experiment is trained and written. Its numbers are kept, so a second call trains
+    nothing. Another name is refused."""
+    monkeypatch.setattr(study, "OUT", tmp_path / "study")
+    monkeypatch.setattr(study_faces, "WORK", tmp_path / "work")
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    monkeypatch.setitem(study.EXPERIMENTS, "b-beta", {2: study.Job("--steps 1 --eval-every 0")})
+    monkeypatch.setattr(study, "BETAS", (2,))
+    study.main(["b-beta"])
+    assert "b-beta: 2\n" in capsys.readouterr().out
+    with mock.patch.object(study, "run") as run:
+        study.main(["b-beta"])
+    assert not run.called
+    assert {path.name for path in (tmp_path / "study").iterdir()} == {"b-beta.json", "b-beta.png"}
+    with pytest.raises(dpo.UserError, match="beta: it should be one of"):
+        study.main(["beta"])
 
 
 def test_settings_with_a_command_are_that_run():
@@ -555,20 +625,3 @@ def test_settings_with_a_command_are_that_run():
         named = dpo.parse(setting.split("`")[1].split())
         runs = parse(dpo, f"--method {job.method} {job.flags}")
         assert vars(named) | {"eval_every": 3000} == vars(runs)
-
-
-def test_film(tmp_path, monkeypatch):
-    """toy.gif has the densities of every picture of the run. toy.png is there, too."""
-
-    def script(argv):
-        out = Path(argv[-1])
-        (out / "samples").mkdir()
-        for name in ("samples/1.png", "samples/2.png", "toy.png"):
-            Image.effect_noise((1000, 400), 50).save(out / name)
-
-    monkeypatch.setattr(dpo, "main", script)
-    study.film_default_run(tmp_path)
-    film = Image.open(tmp_path / "toy.gif")
-    assert film.n_frames == 2
-    assert film.size == (600, 200)
-    assert (tmp_path / "toy.png").exists()
