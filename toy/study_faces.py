@@ -200,6 +200,14 @@ def by_solver(task):
     return {"solvers": found}
 
 
+def agreement(task):
+    """The share of all pairs in which the labels, and the scorer, say what the smiles say."""
+    found = load_file(Path(task.cfg.model).with_suffix(".safetensors"))
+    by_smile, by_clip = (found[name][:, 0] > found[name][:, 1] for name in ("smile", "clip"))
+    return {"labels_agree": (found["label"].bool() == by_smile).double().mean().item(),
+            "clip_agrees": (by_clip == by_smile).double().mean().item()}
+
+
 BINS = torch.linspace(-1.2, 1.2, 13)
 
 
@@ -283,7 +291,10 @@ EXPERIMENTS = {
         "D3PO": OWN.but("--beta 100 --steps 104 --sample-every 26", method="d3po"),
         "SPO": OWN.but("--beta 30 --steps 118 --sample-every 30", method="spo"),
     },
-    "faces-labels": {"the smile": PLAIN, "the tiny CLIP": OTHER.but(labels="clip")},
+    "faces-labels": {
+        "the smile": PLAIN,
+        "the tiny CLIP": OTHER.but(labels="clip", measures=(agreement,)),
+    },
     "faces-noisy": remedies_of(NOISY),
     "faces-clean": remedies_of(CLEAN),
     "faces-pairs": {n: BRIEF.but(pairs=n) for n in (25, 50, 100, 200, 400, 800)},
@@ -386,9 +397,50 @@ def ends(runs):
     return {"at equal quality": [smile_at_quality(numbers["path"]) for numbers in runs]} | cells
 
 
+SIGNALS = ("accuracy", "rise_w", "logit_std", "drift")  # of a path, without knowing the truth
+
+
+def rank_correlation(xs, ys):
+    """Spearman's: 1 if the larger x always comes with the larger y."""
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (xs, ys)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def print_signals(settings):
+    """How well each signal tells smile and lost quality, over all points of the runs of a seed.
+
+    And what a run of plain DPO gains if it is stopped at the point of the highest accuracy.
+    """
+    rows = {signal: {"with smile": [], "with quality lost": []} for signal in SIGNALS}
+    for of_seed in zip(*settings.values(), strict=True):
+        points = [point for numbers in of_seed for point in numbers["path"]]
+        lost = [-point["quality"] for point in points]
+        for signal, cells in rows.items():
+            values = [point[signal] for point in points]
+            smiles = [point["smile"] for point in points]
+            cells["with smile"].append(rank_correlation(values, smiles))
+            cells["with quality lost"].append(rank_correlation(values, lost))
+    print_table("signals: rank correlation", rows)
+
+    rows = {}
+    for setting, runs in settings.items():
+        if setting.startswith("DPO"):
+            paths = [numbers["path"] for numbers in runs]
+            stops = {"highest accuracy": [max(path, key=lambda each: each["accuracy"])
+                                          for path in paths],
+                     "the end": [path[-1] for path in paths]}
+            for stop, points in stops.items():
+                shown = ("step", "smile", "quality")
+                rows[f"{setting}, {stop}"] = {
+                    name: [point[name] for point in points] for name in shown}
+    print_table("stopped at", rows)
+
+
 def print_numbers(name, settings):
     """The tables of one experiment. settings: {setting: [numbers of a seed, ...]}."""
     print_table(name, {setting: ends(runs) for setting, runs in settings.items()})
+    if name in ("faces-noisy", "faces-clean"):
+        print_signals(settings)
     for runs in settings.values():
         if "solvers" in runs[0] and name == "faces-methods":
             rows = {}
@@ -398,9 +450,12 @@ def print_numbers(name, settings):
                     f"{what}, {side}": [each[side][what] for each in found]
                     for what in ("smile", "quality") for side in judge.SIDES}
             print_table("solvers", rows)
-        if "tv_policy" in runs[0]:
-            shown = ("tv_reference", "tv_policy", "tv_floor")
-            print_table("closed form", {"": {key: [each[key] for each in runs] for key in shown}})
+        shown = ("tv_reference", "tv_policy", "tv_floor", "labels_agree", "clip_agrees")
+        cells = {key: [each[key] for each in runs] for key in shown if key in runs[0]}
+        if cells:
+            print_table("and", {"": cells})
+    base = [numbers["reference"] for numbers in runs]
+    print_table("the base", {"": {key: [each[key] for each in base] for key in base[0]}})
 
 
 def draw_paths(ax, settings, colours=None):

@@ -298,6 +298,15 @@ def test_latents_are_not_rounded(tiny, monkeypatch):
     assert not torch.equal(latents, latents.bfloat16().float())
 
 
+@pytest.mark.parametrize("flags, rows", [("", 2), ("--guidance 1", 1)])
+def test_guidance_of_the_pictures(tiny, monkeypatch, flags, rows):
+    """The pipeline calls the network with and without the prompt, unless --guidance is 1."""
+    task, sizes = image_task(tiny, monkeypatch, "sd15", f"{flags} --lr 1"), []
+    task.policy.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    figure.sample_images(task, "policy", [("a cat", 0)])
+    assert set(sizes) == {rows}
+
+
 def test_a_failed_image_leaves_the_policy_in_place(tiny):
     """An error while the reference samples does not turn the policy into it."""
     task = sd_task(tiny, "tiny-sd15", "--lora 2 --lr 1")
