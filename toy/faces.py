@@ -359,7 +359,7 @@ def draw_film(files, path):
         sheet, x = Image.open(file), SIDE * (number > 0)
         faces = [sheet.crop((x, y, x + SIDE, y + SIDE)) for y in range(0, sheet.height, SIDE)]
         frame = enlarge(faces, len(faces) // 2)
-        frames.append(frame.quantize(48, dither=Image.Dither.NONE))  # a small file
+        frames.append(frame.quantize(32, dither=Image.Dither.NONE))  # a small file
     if frames:
         pauses = [1500, *[400] * len(files[1:]), 3000]  # milliseconds
         frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=pauses)

@@ -737,9 +737,7 @@ def plot_faces(found):
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
             study_faces.draw_equal_quality(ax, found[name])
             ax.set(title=title)
-    shown = ("DPO, lr 3e-5", "DPO, lr 1e-4", *study_faces.SHOWN)
-    clean = {name: found["faces-clean"][name] for name in shown}
-    study_faces.draw_sheet(clean, OUT / "faces-sheet.png")
+    study_faces.draw_sheet(found["faces-clean"], OUT / "faces-sheet.png")
     with new_figure("faces-nats", 1, 7) as ax:
         study_faces.draw_histograms(ax, found["faces-nats"]["beta 3"])
 

@@ -157,6 +157,11 @@ def judged(images):
     return numbers | {"diversity": (distances.sum() / others).item()}
 
 
+@functools.cache
+def judged_reference(base):
+    return judged(reference_images(base))
+
+
 def point(task, base, step):
     """A point of the path: the policy's numbers minus the reference's, and what held-out pairs say.
 
@@ -164,7 +169,7 @@ def point(task, base, step):
     """
     before, after = reference_images(base), drawn(task, "policy", IMAGES)
     task.latest = after[:len(faces.CAPTIONS)]
-    reference, policy = judged(before), judged(after)
+    reference, policy = judged_reference(base), judged(after)
     gains = {name: policy[name] - reference[name] for name in policy}
     distance = ((after.float() - before) / 255).flatten(1).square().mean(1).sqrt()
     with mock.patch.object(dpo, "EVAL_DRAWS", DRAWS):
@@ -181,11 +186,9 @@ SOLVERS = {  # {name: (scheduler, its options, steps)}
     "PNDM": (diffusers.PNDMScheduler, {}, 25),  # the pipeline's own
     "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}, 25),
     "Euler": (diffusers.EulerDiscreteScheduler, {}, 25),
-    "Euler, ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, 25),
-    "DDPM": (diffusers.DDPMScheduler, {"clip_sample": False}, 25),
+    "Euler, ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, 25),  # is DDPM's sampler
     "DDIM, 100 steps": (diffusers.DDIMScheduler, {"clip_sample": False}, 100),
     "Euler, ancestral, 100 steps": (diffusers.EulerAncestralDiscreteScheduler, {}, 100),
-    "DDPM, 100 steps": (diffusers.DDPMScheduler, {"clip_sample": False}, 100),
 }
 
 
@@ -349,7 +352,7 @@ def run(job, out):
     with (remedies.prepared(task, job.loss) as first,
           mock.patch.object(dpo, "save_picture", add_to_path)):
         dpo.train(task, cfg, step)
-    numbers = {"reference": judged(reference_images(base)), "path": path}
+    numbers = {"reference": judged_reference(base), "path": path}
     with io.BytesIO() as file:
         faces.to_pil(torch.cat([*task.latest], 2)).save(file, "PNG")
         numbers["sheet"] = base64.b64encode(file.getvalue()).decode()
@@ -481,17 +484,18 @@ def draw_equal_quality(ax, settings):
     ax.grid(axis="x", alpha=0.3)
 
 
+SHOWN = ("DPO, lr 3e-5", "DPO, lr 1e-4", "IPO", "SFT mix 0.25 beta")  # on the sheet
+
+
 def draw_sheet(settings, path):
-    """What the policies of the first seed draw in the end: a row for each setting."""
-    images = []
-    for runs in settings.values():
-        sheet = Image.open(io.BytesIO(base64.b64decode(runs[0]["sheet"])))
+    """What the reference and the policies of the first seed draw: a row for each."""
+    captions = len(faces.CAPTIONS)
+    images = [faces.to_pil(image) for image in reference_images(WORK / "base-0")[:captions]]
+    for setting in SHOWN:
+        sheet = Image.open(io.BytesIO(base64.b64decode(settings[setting][0]["sheet"])))
         images += [sheet.crop((x, 0, x + faces.SIDE, faces.SIDE))
                    for x in range(0, sheet.width, faces.SIDE)]
-    faces.enlarge(images, len(faces.CAPTIONS)).save(path)
-
-
-SHOWN = ("SFT mix 0.25 beta", "IPO")  # remedies on the sheet
+    faces.enlarge(images, captions).save(path)
 
 
 def draw_histograms(ax, runs):

@@ -103,6 +103,7 @@ def brief_study(base, tmp_path, monkeypatch):
     study_faces.make_base(0)
     yield
     study_faces.reference_images.cache_clear()
+    study_faces.judged_reference.cache_clear()
 
 
 def run_briefly(**changes):
