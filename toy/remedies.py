@@ -67,7 +67,7 @@ def strong_sft_mix(task, batch, errors):
 def dpop(task, batch, errors):
     """DPO-Positive (arXiv:2402.13228, Eq. 3): a rise of the preferred error lowers the logit.
 
-    Its lambda is 5, the smallest that the paper tries.
+    Its lambda, the weight of this penalty, is 5 here (ours).
     """
     err_w, _, ref_err_w, _ = errors
     _, logit = plain(task, batch, errors)
@@ -105,7 +105,7 @@ def sdpo(task, batch, errors):
 
 
 def moving_reference(task, batch, errors):
-    """The reference follows the policy, as in Linear-DPO (arXiv:2605.21123): by 1 % a step."""
+    """The reference follows the policy, as in Linear-DPO (arXiv:2605.21123); 1 % a step is ours."""
     with torch.no_grad():
         for follower, leader in zip(task.reference.parameters(), task.policy.parameters(),
                                     strict=True):
