@@ -1,19 +1,20 @@
-"""A tiny Stable Diffusion that draws faces, pairs of them, and what a training changes.
+"""A tiny Stable Diffusion that draws faces, with pairs of its faces to train it on.
 
     python toy/faces.py               # makes toy/tiny-faces, once; under ten minutes
     python toy/faces.py look RUN      # what a training has changed: numbers, a sheet and a film
 
-The model knows 12 captions, such as "a red face on a blue ground". It is made like the published
-ones: a VAE on drawings, a UNet and a text encoder on its latents, in the layout of diffusers. No
-caption says whether a face smiles, so the model draws every mouth from sad to happy.
+The model knows 12 captions, such as "a red face on a blue ground". Its parts and files are those of
+SD1.5. First a VAE is trained on drawings. Then a UNet is trained on its latents, together with the
+text encoder, which SD1.5 takes ready-made from CLIP. No caption says whether a face smiles, so the
+model draws every mouth from sad to happy.
 
-Its own samples are the pairs. They have the columns of Pick-a-Pic, and the last HELD_OUT of them
-are not for training. What is preferred is the **smile**, which smile_of() measures. What should not
-suffer is the **quality**, which truth() measures. Labels are drawn by chance, by Bradley-Terry, for
+The pairs are samples of the model, with the columns of Pick-a-Pic. The last HELD_OUT of them are
+not for training. What is preferred is the **smile**, which smile_of() measures. What should not
+suffer is the **quality**, which truth() measures. A label is random: it follows Bradley-Terry with
 the reward REWARD * smile.
 
-The folder also holds clip/, a scorer for toy/judge.py that was trained on preferences as PickScore
-was, and errs; and prompts.txt, the 12 captions. Nothing is downloaded.
+The folder also holds prompts.txt, the 12 captions, and clip/, a scorer for toy/judge.py. The scorer
+was trained on preferences, as PickScore was, and it errs. Nothing is downloaded.
 """
 
 import argparse
@@ -40,14 +41,14 @@ from toy import figure, judge, make_tiny
 SIDE = 32  # pixels
 HELD_OUT = 200  # pairs
 REWARD = 3.0  # nats of reward from a straight mouth to the widest smile
-INK = (40, 34, 44)
 HAPPY = 0.3  # a face with more smile than this counts as happy
+INK = (40, 34, 44)  # of eyes and mouth
 PAINT = {"red": (240, 108, 96), "green": (122, 200, 112), "blue": (112, 162, 240),
          "yellow": (250, 208, 80)}
 COLOURS = list(itertools.permutations(PAINT, 2))  # of the face, of the ground
 CAPTIONS = [f"a {face} face on a {ground} ground" for face, ground in COLOURS]
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 1.0}  # the network alone, no guidance
-# How long is trained, on how many drawings of each caption; the tests have smaller numbers.
+# How many drawings of each caption, training steps and pairs. The tests have smaller numbers.
 SIZES = {"drawings": 200, "vae_steps": 1600, "unet_steps": 2000, "clip_steps": 200, "pairs": 1000}
 
 UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
@@ -65,14 +66,15 @@ TEXT = make_tiny.TINY_CLIP | {"hidden_size": 64, "intermediate_size": 256,
 # ------------------------------------------------------------- drawings, their smile and quality
 
 def draw_face(rng, colours, smile):
-    """A drawing (PIL, SIDE x SIDE) of a face. Its mouth is a parabola.
+    """A drawing (PIL, SIDE x SIDE) of a face, whose place and size vary.
 
-    Its curvature is `smile`, from -1 (sad) over 0 (straight) to 1 (happy). Place and size vary.
+    The mouth is a parabola. Its curvature is `smile`, from -1 (sad) over 0 (straight) to 1 (happy).
     """
     face, ground = (PAINT[name] for name in colours)
     ground = tuple((value + 2 * 255) // 3 for value in ground)  # paler than any face
-    image = Image.new("RGB", (3 * SIDE, 3 * SIDE), ground)  # scaled down, its edges are smooth
+    image = Image.new("RGB", (3 * SIDE, 3 * SIDE), ground)  # scaled down below: smooth edges
     pen = ImageDraw.Draw(image)
+
     x, y = (1.5 * SIDE + rng.uniform(-4, 4) for _ in range(2))
     r = rng.uniform(1.13, 1.34) * SIDE
     pen.ellipse((x - r, y - r, x + r, y + r), face)
@@ -80,7 +82,7 @@ def draw_face(rng, colours, smile):
         size = 0.12 * r
         pen.ellipse((eye - size, y - 0.3 * r - size, eye + size, y - 0.3 * r + size), INK)
 
-    width = rng.uniform(0.5, 0.6) * r
+    width = rng.uniform(0.5, 0.6) * r  # from the middle to a corner
     mouth = [(x + width * u, y + 0.42 * r + 0.3 * r * smile * (0.5 - u * u))
              for u in torch.linspace(-1, 1, 21).tolist()]
     pen.line(mouth, INK, 7, joint="curve")
@@ -100,30 +102,31 @@ def drawings(n, seed):
 def smile_of(images):
     """The smiles (N,) of images (N, 3, SIDE, SIDE) uint8: how much a mouth curves, in -1.5 .. 1.5.
 
-    A parabola is fitted to the ink in the lower half of an image, the mouth, by least squares. Its
-    curvature is taken in units of the mouth's width and of the face's radius. The distance of the
-    eyes, in the upper half, gives the radius. On drawings the error is 0.06 (root mean square).
+    It inverts draw_face(). The eyes are the ink in the upper half of an image. Their distance gives
+    the face's radius. The mouth is the ink in the lower half. A parabola is fitted to it, by least
+    squares. On drawings the error of the smile is 0.06 (root mean square).
     """
-    ink = ((150 - images.float().amax(1)) / 90).clamp(0, 1)  # 1 is ink, 0 is paint
-    eyes, mouth = ink.flatten(1).chunk(2, 1)  # (N, SIDE * SIDE / 2)
-    y, x = torch.cartesian_prod(torch.arange(SIDE / 2), torch.arange(1.0 * SIDE)).T
+    brightest = images.float().amax(1)  # (N, SIDE, SIDE), of red, green and blue
+    ink = ((150 - brightest) / 90).clamp(0, 1)  # 1 is ink, 0 is paint
+    eyes, mouth = ink.flatten(1).chunk(2, 1)  # (N, SIDE * SIDE / 2) each
+    y, x = torch.cartesian_prod(torch.arange(SIDE / 2), torch.arange(float(SIDE))).T
 
-    def moments(ink):
-        """Where the ink is, from its middle (N, ...), and the variance of that (N,)."""
+    def from_middle(ink):
+        """x less its mean over the ink (N, SIDE * SIDE / 2), and the variance of x (N,)."""
         share = ink / ink.sum(1, keepdim=True).clamp(min=1)
-        from_middle = x - (share * x).sum(1, keepdim=True)
-        return from_middle, (share * from_middle.square()).sum(1)
+        offset = x - (share * x).sum(1, keepdim=True)
+        return offset, (share * offset.square()).sum(1)
 
-    _, variance = moments(eyes)
-    radius = variance.sqrt().clamp(min=1) / 0.38  # see draw_face
-    x, variance = moments(mouth)
-    width_squared = 3 * variance  # of a line of ink, as u * u has the mean 1/3
+    _, variance = from_middle(eyes)
+    radius = variance.sqrt().clamp(min=1) / 0.38  # the eyes are 0.38 radii from the middle
+    offset, variance = from_middle(mouth)
+    width_squared = 3 * variance  # u is uniform in -1 .. 1, so the mean of u * u is 1/3
 
-    # y = a + b x + c x^2, where each pixel weighs as much as it has ink
-    terms = torch.stack([torch.ones_like(x), x, x.square()], 2)
-    weight = mouth.sqrt()[..., None]
+    # Fit y = a + b x + c x^2, where a pixel counts as much as it has ink.
+    terms = torch.stack([torch.ones_like(offset), offset, offset.square()], 2)
+    weight = mouth.sqrt()[..., None]  # a root, because it is squared with the rest
     fit = torch.linalg.lstsq(weight * terms, weight * y[:, None])
-    curvature = -fit.solution[:, 2, 0]
+    curvature = -fit.solution[:, 2, 0]  # minus, because y points down
     return (curvature * width_squared / (0.3 * radius)).clamp(-1.5, 1.5)
 
 
@@ -138,11 +141,12 @@ def truth(images, captions):
     The model was not trained on these drawings. The distance of two images is the root of the mean
     squared difference of their pixels, which are in 0 .. 1.
     """
-    pixels, smile = images.flatten(1) / 255, smile_of(images)
-    right, _ = drawings(600, "truth")
+    smile = smile_of(images)
+    pixels = images.flatten(1) / 255
+    right, _ = drawings(600, "truth")  # (12, 600, 3, SIDE, SIDE)
     nearest = [torch.cdist(pixels, each.flatten(1) / 255).amin(1) for each in right]
     nearest = torch.stack(nearest, 1) / pixels.shape[1] ** 0.5  # (N, 12)
-    own = torch.tensor([CAPTIONS.index(caption) for caption in captions])
+    own = torch.tensor([CAPTIONS.index(caption) for caption in captions])  # (N,)
     return {"smile": smile,
             "happy": (smile > HAPPY).float(),
             "quality": -nearest.gather(1, own[:, None])[:, 0],
@@ -152,7 +156,7 @@ def truth(images, captions):
 # ---------------------------------------------------------------------------- the trained models
 
 def fit(name, modules, loss_of, steps, lr):
-    """Train modules on loss_of(), a scalar, by AdamW at a rate that falls to 0."""
+    """Train modules on loss_of(), a scalar, by AdamW. The rate rises briefly, and falls to 0."""
     parameters = [p for module in modules for p in module.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     bar = tqdm(range(steps), f"{name:8}", ncols=99, unit=" steps")
@@ -190,10 +194,11 @@ def train_unet(pipe, latents, steps):
     texts = pipe.tokenizer([*CAPTIONS, ""], padding="max_length", return_tensors="pt")
 
     def loss_of():
-        caption, t = torch.randint(len(CAPTIONS), (32,)), torch.randint(1000, (32,))
+        caption = torch.randint(len(CAPTIONS), (32,))
+        t = torch.randint(1000, (32,))
         x_0 = latents[caption, torch.randint(latents.shape[1], (32,))]
         eps = torch.randn_like(x_0)
-        caption = caption.where(torch.rand(32) > 0.1, len(CAPTIONS))
+        caption = caption.where(torch.rand(32) > 0.1, len(CAPTIONS))  # else the empty one
         prompt = pipe.text_encoder(texts.input_ids)[0][caption]
         x_t = pipe.scheduler.add_noise(x_0, eps, t)
         return F.mse_loss(pipe.unet(x_t, t, prompt).sample, eps)
@@ -204,8 +209,9 @@ def train_unet(pipe, latents, steps):
 def train_clip(folder, images, smiles, steps):
     """Write a CLIPModel and its processor to `folder`: a scorer that is trained as PickScore is.
 
-    Of two drawings (12, n, 3, ...) of a caption, the happier one should match the text better. The
-    training is short, so the scorer errs.
+    The images (12, n, 3, ...) are drawings of each caption, and the smiles (12, n) are theirs. Of
+    two drawings of a caption, the happier one should match the text better. The training is short,
+    so the scorer errs.
     """
     make_tiny.make_scorer(folder)
     model = transformers.CLIPModel.from_pretrained(folder)
@@ -215,9 +221,9 @@ def train_clip(folder, images, smiles, steps):
     pixels = inputs.pop("pixel_values").unflatten(0, images.shape[:2])  # (12, n, 3, 32, 32)
     caption = torch.arange(len(CAPTIONS))
 
-    def loss_of():  # of two drawings of each caption
-        number = torch.randint(images.shape[1], (2, len(CAPTIONS)))
-        happier = smiles[caption, number].argmax(0)  # (12,): the first one, or the second
+    def loss_of():
+        number = torch.randint(images.shape[1], (2, len(CAPTIONS)))  # two drawings of each caption
+        happier = smiles[caption, number].argmax(0)  # (12,): 0 for the first one, 1 for the second
         out = model(**inputs, pixel_values=pixels[caption, number].flatten(0, 1))
         score = out.logits_per_image.unflatten(0, (2, -1))[:, caption, caption]  # (2, 12)
         return F.cross_entropy(score.T, happier)
@@ -247,7 +253,7 @@ def sample(pipe, jobs, key):
 
 
 def bradley_terry(reward_0, reward_1, seed):
-    """Labels (P,) of pairs: 1 for the first, with probability sigmoid(reward_0 - reward_1)."""
+    """Random labels (P,) of pairs: 1 with probability sigmoid(reward_0 - reward_1), else 0."""
     chance = torch.rand(len(reward_0), generator=dpo.seeded_generator(seed, "labels"))
     return (chance < torch.sigmoid(reward_0 - reward_1)).float()
 
@@ -256,36 +262,41 @@ def write_pairs(path, captions, images, labels):
     """Write pairs with Pick-a-Pic's columns. P captions; images (P, 2, 3, ...); labels (P,)."""
     rows = []
     for caption, pair in zip(captions, images, strict=True):
-        pngs = [io.BytesIO(), io.BytesIO()]
-        for image, file in zip(pair, pngs, strict=True):
-            to_pil(image).save(file, "PNG")
-        first, second = ({"bytes": file.getvalue()} for file in pngs)
+        first, second = ({"bytes": to_png(image)} for image in pair)
         rows.append({"prompt": caption, "first": first, "second": second})
     judge.write_pairs(rows, dict(enumerate(labels.tolist())), None, path)
 
 
 def to_pil(image):
-    """An image (3, SIDE, SIDE) uint8 as PIL's."""
+    """An image (3, H, W) uint8 as PIL's."""
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
+def to_png(image):
+    """An image (3, H, W) uint8 as the bytes of a PNG file."""
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def build(out, seed, sizes):
-    """Make the folder: model, pairs.parquet, prompts.txt, clip/. Returns numbers by name."""
+    """Make the folder: model, pairs.parquet, prompts.txt, clip/. Returns means over the samples."""
     torch.manual_seed(seed)
     pipe = make_tiny.assemble(unet=UNET, vae=VAE, encoders=[TEXT])
     pipe.tokenizer.add_tokens(WORDS)
-    pipe.tokenizer.model_max_length = 12  # the longest caption has 9 tokens
+    pipe.tokenizer.model_max_length = 12  # a caption has 9 tokens
     images, smiles = drawings(sizes["drawings"], seed)
     latents = train_vae(pipe.vae, images.flatten(0, 1) / 127.5 - 1, sizes["vae_steps"])
     train_unet(pipe, latents.unflatten(0, smiles.shape), sizes["unet_steps"])
 
     n = sizes["pairs"]
-    captions = (CAPTIONS * n)[:n]
+    captions = (CAPTIONS * n)[:n]  # in turn
     jobs = [(caption, 2 * i + half) for i, caption in enumerate(captions) for half in (0, 1)]
     samples = sample(pipe, jobs, f"pairs {seed}")
     found = truth(samples, [caption for caption, _ in jobs])
     smile_0, smile_1 = found["smile"].view(n, 2).T
     labels = bradley_terry(REWARD * smile_0, REWARD * smile_1, seed)
+
     with dpo.atomic_write(out) as folder:
         pipe.save_pretrained(folder)
         train_clip(folder / "clip", images, smiles, sizes["clip_steps"])
@@ -301,12 +312,14 @@ def load_run(folder):
     """The policy and the reference of a run on faces, as a task. Raises UserError."""
     if not (folder / "config.json").exists():
         raise dpo.UserError(f"{folder}: it is not the folder of a run")
-    of_the_run = dict.fromkeys(("model", "resolution", "precision", "micro_batch"))
-    cfg = judge.settings(argparse.Namespace(policy=folder, **of_the_run))
+    # None: the model and the resolution are those of the run, the rest are defaults.
+    cfg = judge.settings(argparse.Namespace(
+        policy=folder, model=None, resolution=None, precision=None, micro_batch=None))
     device = dpo.start_processes(torch.cuda.is_available())
     task = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
-    if task.shape != (4, SIDE // 4, SIDE // 4):
-        raise dpo.UserError(f"{folder}: it is a run of {cfg.model}, and not of toy/tiny-faces")
+    if cfg.resolution != SIDE or task.shape != (4, SIDE // 4, SIDE // 4):
+        raise dpo.UserError(f"{folder}: it is a run of {cfg.model} at {cfg.resolution} pixels, and"
+                            f" not of toy/tiny-faces at {SIDE}")
     dpo.load_weights(task, folder)
     return task
 
@@ -314,7 +327,7 @@ def load_run(folder):
 def look(args):
     """Print and draw what a training has changed. Both sides draw from the same noise."""
     run = Path(args.run_folder)
-    to = Path(args.to or run / "look")
+    to = args.to or run / "look"
     task = load_run(run)
     jobs = [(caption, number) for number in range(args.images) for caption in CAPTIONS]
     pictures, found = [], {}
@@ -326,44 +339,49 @@ def look(args):
 
     numbers = {"images": len(jobs)}
     print(f"\n{'':12}{'reference':>12}{'policy':>12}{'difference':>14}{'(standard error)':>18}")
-    for name, before in found["reference"].items():
-        after = found["policy"][name]
-        rise = after - before  # (N,)
-        error = (rise.std() / len(jobs) ** 0.5).item()
-        print(f"{name:12}{before.mean():12.3f}{after.mean():12.3f}{rise.mean():+14.3f}{error:18.3f}")
-        numbers |= {f"{name}_reference": before.mean().item(),
-                    f"{name}_policy": after.mean().item(), f"{name}_standard_error": error}
-    dpo.write_json(to.with_suffix(".json"), numbers)
-    enlarge(pictures, len(CAPTIONS)).save(to.with_suffix(".png"))
+    for name in found["policy"]:
+        reference, policy = (found[side][name] for side in judge.SIDES)  # (N,) each
+        difference = policy - reference
+        error = (difference.std() / len(jobs) ** 0.5).item()
+        print(f"{name:12}{reference.mean():12.3f}{policy.mean():12.3f}"
+              f"{difference.mean():+14.3f}{error:18.3f}")
+        numbers[f"{name}_reference"] = reference.mean().item()
+        numbers[f"{name}_policy"] = policy.mean().item()
+        numbers[f"{name}_standard_error"] = error  # of their difference
+
+    dpo.write_json(Path(f"{to}.json"), numbers)
+    enlarge(pictures, len(CAPTIONS)).save(f"{to}.png")
     print(f"numbers     {to}.json\nsheet       {to}.png, the reference above the policy")
-    if draw_film(sorted(run.glob("samples/step-*.png")), to.with_suffix(".gif")):
+
+    files = sorted(run.glob("samples/step-*.png"))
+    if files:
+        draw_film(files, f"{to}.gif")
         print(f"film        {to}.gif")
 
 
 def enlarge(images, columns):
-    """A picture (PIL) of small images (PIL), four times as large, with so many in a row."""
-    from diffusers.utils import make_image_grid
+    """A grid (PIL) of small images (PIL), each four times as large, with `columns` in a row."""
     size = 4 * SIDE, 4 * SIDE
     large = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-    return make_image_grid(large, len(large) // columns, columns)
+    return diffusers.utils.make_image_grid(large, len(large) // columns, columns)
 
 
 def draw_film(files, path):
-    """Write a GIF of the pictures that a run has saved. Returns how many frames it has.
+    """Write a GIF of the pictures that a run has saved: first the reference, then the policies.
 
-    On each picture, the left column is of the reference, and the right one of the policy. The film
-    shows the reference first.
+    On each picture, the left column is of the reference, and the right one of the policy.
     """
-    frames = []
-    for number, file in enumerate(files[:1] + files):
-        sheet, x = Image.open(file), SIDE * (number > 0)
+    def frame(file, x):
+        sheet = Image.open(file)
         faces = [sheet.crop((x, y, x + SIDE, y + SIDE)) for y in range(0, sheet.height, SIDE)]
-        frame = enlarge(faces, len(faces) // 2)
-        frames.append(frame.quantize(32, dither=Image.Dither.NONE))  # a small file
-    if frames:
-        pauses = [1500, *[400] * len(files[1:]), 3000]  # milliseconds
-        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=pauses)
-    return len(frames)
+        rows = 1 if len(faces) % 2 else 2
+        grid = enlarge(faces, len(faces) // rows)
+        return grid.quantize(32, dither=Image.Dither.NONE)  # few colours make a small file
+
+    reference = frame(files[0], 0)
+    policies = [frame(file, SIDE) for file in files]
+    pauses = [1500, *[400] * (len(files) - 1), 3000]  # milliseconds
+    reference.save(path, save_all=True, append_images=policies, loop=0, duration=pauses)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -1,14 +1,13 @@
 """Remedies for drift and overfitting, each as a loss of a few lines. toy/study.py compares them.
 
-The loss of Diffusion-DPO looks at a difference of errors. So both errors may rise together, and a
-long training may serve the labels at the cost of the images. Trainers of 2025 and 2026 offer the
+The loss of Diffusion-DPO sees a difference of errors. So both errors may rise together (drift), and
+a long training may fit the labels at the cost of the images. Trainers of 2025 and 2026 offer the
 remedies below. Each is a function
 
     loss(task, batch, errors) -> losses (B,), logit (B,)
 
-of the errors err_w, err_l, ref_err_w, ref_err_l, (B,) each. step_of() makes a step for dpo.train of
-it. The other remedies of the study are flags: a smaller --lr, a larger --beta, --gamma, --draws and
---lora.
+where errors are err_w, err_l, ref_err_w, ref_err_l, (B,) each. dpo.train takes step_of(loss). The
+other remedies of the study are flags: a smaller --lr, a larger --beta, --gamma, --draws and --lora.
 """
 
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import diffusion_dpo as dpo
 
 
 def step_of(loss):
-    """A step for dpo.train with another loss. It looks at batches without unreadable pairs."""
+    """A step for dpo.train with another loss. All pairs must be readable: it masks none."""
 
     def step(task, batch, cfg):
         errors = dpo.batch_errors(task, batch, cfg.draws, cfg.seed)
@@ -33,7 +32,7 @@ def step_of(loss):
 
 
 def plain(task, batch, errors):
-    """The loss of Diffusion-DPO or SEE-DPO."""
+    """The loss of Diffusion-DPO, or with --gamma of SEE-DPO."""
     return dpo.dpo_loss(*errors, task.cfg.beta, task.cfg.gamma)
 
 
@@ -47,79 +46,99 @@ def ipo(task, batch, errors):
 
 
 def label_smoothing(task, batch, errors):
-    """One label in ten is thought to be wrong (conservative DPO, Mitchell 2023)."""
+    """Conservative DPO (Mitchell 2023): a label is taken to be wrong with probability 0.1."""
     losses, logit = plain(task, batch, errors)
-    return 0.9 * losses - 0.1 * F.logsigmoid(-logit), logit
+    losses_if_wrong = -F.logsigmoid(-logit)
+    return 0.9 * losses + 0.1 * losses_if_wrong, logit
 
 
 def sft_mix(task, batch, errors):
     """DPO plus 0.25 of the plain denoising loss on the preferred images, as in OneTrainer."""
+    err_w, *_ = errors
     losses, logit = plain(task, batch, errors)
-    return losses + 0.25 * 2 * errors[0], logit  # for images 2 e_w is the mean squared error
+    return losses + 0.25 * 2 * err_w, logit  # for images 2 e_w is the mean squared error
 
 
 def strong_sft_mix(task, batch, errors):
-    """The same in units of the logit: plus 0.25 beta e_w."""
+    """DPO plus 0.25 beta e_w. In the logit e_w has the factor beta, too."""
+    err_w, *_ = errors
     losses, logit = plain(task, batch, errors)
-    return losses + 0.25 * task.cfg.beta * errors[0], logit
+    return losses + 0.25 * task.cfg.beta * err_w, logit
 
 
 def dpop(task, batch, errors):
-    """DPO-Positive (arXiv:2402.13228, Eq. 3): a rise of the preferred error lowers the logit.
+    """DPO-Positive (arXiv:2402.13228, Eq. 3): a preferred error above the reference's is punished.
 
-    Its lambda, the weight of this penalty, is 5 here (ours).
+    The logit falls by lambda beta times what it is above. Lambda is 5 here (ours).
     """
     err_w, _, ref_err_w, _ = errors
     _, logit = plain(task, batch, errors)
-    logit = logit - 5 * task.cfg.beta * (err_w - ref_err_w).clamp(min=0)
+    rise = (err_w - ref_err_w).clamp(min=0)
+    logit = logit - 5 * task.cfg.beta * rise
     return -F.logsigmoid(logit), logit
 
 
 def clamp(task, batch, errors):
-    """A logit over 1 has no gradient, as in SimpleTuner."""
+    """A pair whose logit is over 1 has no gradient, as in SimpleTuner."""
     _, logit = plain(task, batch, errors)
     return -F.logsigmoid(logit.clamp(max=1)), logit
 
 
+def scale_gradient(x, scale):
+    """x itself, with a gradient that is multiplied by `scale`."""
+    return x.detach() + scale * (x - x.detach())
+
+
 def half_loser(task, batch, errors):
     """The gradient of the rejected image counts by half."""
-    err_w, err_l, ref_err_w, ref_err_l = errors
-    err_l = err_l.detach() + 0.5 * (err_l - err_l.detach())
-    return plain(task, batch, (err_w, err_l, ref_err_w, ref_err_l))
+    err_w, err_l, *ref_errors = errors
+    return plain(task, batch, (err_w, scale_gradient(err_l, 0.5), *ref_errors))
 
 
 def sdpo(task, batch, errors):
-    """Diffusion-SDPO (arXiv:2511.03317), mu = 0.9: a scale for the rejected image's gradient.
+    """Diffusion-SDPO (arXiv:2511.03317): the rejected image's gradient is scaled, mu = 0.9.
 
-    With it, a small step on the network's output makes the preferred error fall. g_w and g_l are
-    the gradients by this output. There is one scale for a batch, as in the released code.
+    g_w and g_l are the gradients of the two errors by the network's outputs. SDPO supposes that a
+    step moves both outputs alike, along -g_w + scale g_l. The scale is the largest, up to 1, with
+    which the preferred error falls at least mu times as fast as along -g_w alone. There is one
+    scale for a batch, as in the released code of SDPO.
     """
-    err_w, err_l, ref_err_w, ref_err_l = errors
-    out = task.output  # see prepared()
-    g_w, g_l = (torch.autograd.grad(err.sum(), out, retain_graph=True)[0] for err in errors[:2])
-    g_w, g_l = g_w.chunk(2)[0], g_l.chunk(2)[1]  # each error depends on its half of the output
+    err_w, err_l, *ref_errors = errors
+    (g_w,) = torch.autograd.grad(err_w.sum(), task.output, retain_graph=True)
+    (g_l,) = torch.autograd.grad(err_l.sum(), task.output, retain_graph=True)
+    g_w, _ = g_w.chunk(2)  # the first half of the outputs is for the preferred images
+    _, g_l = g_l.chunk(2)
+
     dot = (g_w * g_l).sum()
-    scale = (0.1 * g_w.square().sum() / dot).clamp(max=1) if dot > 0 else 1
-    err_l = err_l.detach() + scale * (err_l - err_l.detach())
-    return plain(task, batch, (err_w, err_l, ref_err_w, ref_err_l))
+    scale = (0.1 * g_w.square().sum() / dot).clamp(max=1) if dot > 0 else 1  # 0.1 is 1 - mu
+    return plain(task, batch, (err_w, scale_gradient(err_l, scale), *ref_errors))
 
 
 def moving_reference(task, batch, errors):
     """The reference follows the policy, as in Linear-DPO (arXiv:2605.21123); 1 % a step is ours."""
+    weights = zip(task.reference.parameters(), task.policy.parameters(), strict=True)
     with torch.no_grad():
-        for follower, leader in zip(task.reference.parameters(), task.policy.parameters(),
-                                    strict=True):
+        for follower, leader in weights:
             follower.lerp_(leader, 0.01)
     return plain(task, batch, errors)
 
 
 @contextmanager
 def prepared(task, loss):
-    """Within it, a task has what a loss of this file needs beside it."""
+    """Within it, a task has what the loss needs beside the errors.
+
+    For sdpo task.output is the policy's last output. For moving_reference task.reference is a copy
+    of the policy that can move.
+    """
     first = task.reference
-    if loss is sdpo:  # task.output is what the policy has predicted last
-        task.policy.register_forward_hook(lambda policy, x, out: setattr(task, "output", out))
+    if loss is sdpo:
+        def keep_output(policy, inputs, output):
+            task.output = output
+
+        task.policy.register_forward_hook(keep_output)
     if loss is moving_reference:
         task.reference = deepcopy(task.policy).requires_grad_(False)
-    yield first
-    task.reference = first
+    try:
+        yield
+    finally:
+        task.reference = first

@@ -1,8 +1,9 @@
 """The experiments on faces: what `python toy/study.py` trains and draws besides the 2-D toy.
 
 Each seed has a base of its own: a model by toy/faces.py, with 1,000 pairs of its samples. A run is
-judged along its whole path. At every picture that is due, IMAGES images of each caption are sampled
-from the same noise as the reference's. Smile and quality are those of toy/faces.py.
+judged at several steps, the points of its path. They are the steps at which it would draw a picture
+(--sample-every). There IMAGES images of each caption are sampled, from the same noise as the
+reference's. Smile and quality are those of toy/faces.py.
 """
 
 import base64
@@ -45,42 +46,60 @@ def make_base(seed):
     if encoded.exists():
         return
     table = dpo.load_pairs(str(base / "pairs.parquet"), "train")
-    images = []
-    for side in ("first", "second"):
-        pil = [dpo.read_image(value, None) for value in table[side]]
-        images.append(torch.stack([dpo.crop_square(each, faces.SIDE, 0.5, 0.5, False)
-                                   for each in pil]))
-    pixels = torch.stack(images, 1)  # (P, 2, 3, SIDE, SIDE)
+    sides = [pixels_of([dpo.read_image(value, None) for value in table[side]])
+             for side in ("first", "second")]
+    images = torch.stack(sides, 1).flatten(0, 1)  # (2 P, 3, SIDE, SIDE): both of a pair, in turn
 
     captions = [caption for caption in table["prompt"] for _ in range(2)]
     score = judge.load_scorer(str(base / "clip"), "cpu")
-    clip = [score(list(some), captions[64 * i:64 * i + 64])[0]
-            for i, some in enumerate(pixels.flatten(0, 1).split(64))]
+    scores = []
+    for first in range(0, len(images), 64):
+        part = slice(first, first + 64)
+        scores.append(score(list(images[part]), captions[part])[0])
 
     vae = dpo.load_pipeline(str(base)).vae
-    both = torch.stack([pixels, pixels.flip(-1)], 2).flatten(0, 2) / 127.5 - 1
+    flips = torch.stack([images, images.flip(-1)], 1)  # (2 P, 2, ...): as it is, and flipped
+    inputs = flips.flatten(0, 1) / 127.5 - 1
     with torch.no_grad():
-        latents = torch.cat([vae.encode(some).latent_dist.mode() for some in both.split(200)])
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in inputs.split(200)])
     latents = latents.contiguous() * vae.config.scaling_factor
-    save_file({"latents": latents.unflatten(0, (-1, 2, 2)),  # first, second; as it is, flipped
-               "smile": faces.smile_of(pixels.flatten(0, 1)).view(-1, 2),  # (P, 2)
-               "clip": torch.cat(clip).view(-1, 2).float().contiguous(),
-               "label": torch.tensor(table["label"]),  # (P,), as in pairs.parquet
-               "caption": torch.tensor([faces.CAPTIONS.index(each) for each in table["prompt"]])},
-              encoded)
+    caption = [faces.CAPTIONS.index(each) for each in table["prompt"]]
+    with dpo.atomic_write(encoded) as path:
+        save_file({"latents": latents.unflatten(0, (-1, 2, 2)),  # (P, 2, 2, 4, ...)
+                   "smile": faces.smile_of(images).view(-1, 2),  # (P, 2)
+                   "clip": torch.cat(scores).view(-1, 2),  # (P, 2)
+                   "label": torch.tensor(table["label"]),  # (P,), as in pairs.parquet
+                   "caption": torch.tensor(caption)}, path)
+
+
+def pixels_of(images):
+    """Pixels (N, 3, SIDE, SIDE) uint8 of N images (PIL)."""
+    return torch.stack([dpo.crop_square(image, faces.SIDE, 0.5, 0.5, False) for image in images])
 
 
 class Encoded:
-    """Encoded pairs as a dataset, with the flips and the empty captions of dpo.ImagePairs."""
+    """Encoded pairs as a dataset, with the flips and the empty captions of dpo.ImagePairs.
+
+    labels tells who prefers, as in FaceJob.
+    """
+
+    source = None  # a run tells its data by this and content(); here it has no need to
 
     def __init__(self, base, rows, labels, seed):
         found = load_file(base.with_suffix(".safetensors"))
-        better = {"chance": found["label"],
-                  "smile": found["smile"][:, 0] > found["smile"][:, 1],
-                  "clip": found["clip"][:, 0] > found["clip"][:, 1]}[labels].bool()
-        latents = torch.where(better[:, None, None, None, None, None],
-                              found["latents"], found["latents"].flip(1))
-        self.latents, self.caption, self.seed = latents[rows], found["caption"][rows], seed
+        first_is_better = {
+            "chance": found["label"].bool(),
+            "smile": found["smile"][:, 0] > found["smile"][:, 1],
+            "clip": found["clip"][:, 0] > found["clip"][:, 1]}[labels]  # (P,)
+        latents = found["latents"]
+        preferred_first = torch.where(
+            first_is_better.view(-1, 1, 1, 1, 1, 1), latents, latents.flip(1))
+        self.latents = preferred_first[rows]
+        self.caption = found["caption"][rows]
+        self.seed = seed
+
+    def content(self):
+        return ""
 
     def __len__(self):
         return len(self.latents)
@@ -88,72 +107,65 @@ class Encoded:
     def __getitem__(self, key):
         epoch, row = key
         gen = dpo.seeded_generator(self.seed, "augment", epoch, row)
-        _, _, as_is, keep = torch.rand(4, generator=gen).tolist()  # as in dpo.ImagePairs
+        _, _, as_is, keep = torch.rand(4, generator=gen).tolist()  # the order of dpo.ImagePairs
         if epoch == dpo.HELD_OUT:
             as_is, keep = 1, 1
         x_w, x_l = self.latents[row, :, int(as_is < 0.5)]
-        caption = self.caption[row] if keep >= 0.2 else torch.tensor(len(faces.CAPTIONS))  # none
+        empty = torch.tensor(len(faces.CAPTIONS))  # its place in the list of encode(), below
+        caption = self.caption[row] if keep >= 0.2 else empty  # as by --caption-dropout 0.2
         return {"epoch": epoch, "row": row, "unreadable": 0.0, "caption": caption,
                 "x_w": x_w, "x_l": x_l}
 
-    source = None
-
-    def content(self):
-        return ""
-
 
 class OfEncodedPairs:
-    """A task on faces, for batches of Encoded."""
+    """Makes a task take batches of Encoded."""
 
     def encode(self, batch):
-        if not hasattr(self, "texts"):
+        if not hasattr(self, "texts"):  # each text is encoded once
             self.texts = self.encode_prompts([*faces.CAPTIONS, ""])["prompt"]
         texts = self.texts[batch["caption"]]
         return batch["x_w"], batch["x_l"], {"prompt": torch.cat([texts, texts])}
 
 
 class Faces(OfEncodedPairs, dpo.StableDiffusion):
-    pass
+    """Trains on encoded pairs."""
 
 
 class OwnFaces(OfEncodedPairs, on_policy.OnPolicyImages):
-    pass
+    """Trains on samples of its own. Only the held-out pairs are encoded ones."""
 
 
 # --------------------------------------------------------------------------------- what is measured
 
-def jobs(images):
-    return [(caption, number) for number in range(images) for caption in faces.CAPTIONS]
+def jobs(n):
+    """The jobs of faces.sample for n images of each caption. The captions come in turn."""
+    return [(caption, number) for number in range(n) for caption in faces.CAPTIONS]
 
 
-def captions_of(images):
-    return [caption for caption, _ in jobs(images)]
-
-
-def drawn(task, side, images, key="look"):
+def drawn(task, side, n, key="look"):
+    """What the "reference" or the "policy" draws, n images of each caption."""
     with figure.network_of(task, side):
-        return faces.sample(task.pipe, jobs(images), key)
+        return faces.sample(task.pipe, jobs(n), key)
 
 
 @functools.cache
 def reference_images(base):
-    """What the reference of a base draws, once in a process."""
+    """What the reference of a base draws. A process samples it once."""
     return faces.sample(dpo.load_pipeline(str(base)), jobs(IMAGES), "look")
 
 
 def judged(images):
-    """Means of the truth of images, and their diversity.
+    """The means of faces.truth over images of jobs(n), and their diversity.
 
-    That is the mean distance of two images of one caption, as in faces.truth.
+    Diversity is the mean distance of two images of one caption, the distance being that of truth.
     """
-    captions = len(faces.CAPTIONS)
-    n = len(images) // captions
-    found = faces.truth(images, captions_of(n))
+    n = len(images) // len(faces.CAPTIONS)
+    found = faces.truth(images, faces.CAPTIONS * n)
     numbers = {name: values.mean().item() for name, values in found.items()}
 
-    pixels = (images / 255).flatten(1).unflatten(0, (n, captions)).transpose(0, 1)
+    pixels = (images / 255).flatten(1).unflatten(0, (n, -1)).transpose(0, 1)  # (12, n, ...)
     distances = torch.cdist(pixels, pixels) / pixels.shape[2] ** 0.5  # (12, n, n)
-    others = captions * n * (n - 1)  # a distance of an image to itself is 0
+    others = len(distances) * n * (n - 1)  # the distance of an image to itself is 0
     return numbers | {"diversity": (distances.sum() / others).item()}
 
 
@@ -165,10 +177,12 @@ def judged_reference(base):
 def point(task, base, step):
     """A point of the path: the policy's numbers minus the reference's, and what held-out pairs say.
 
-    drift is the mean distance of the policy's image from the reference's of the same noise.
+    "drift" is the mean distance of the policy's image from the reference's of the same noise.
+    "rise_w" and "rise_l" are the policy's errors minus the reference's.
     """
-    before, after = reference_images(base), drawn(task, "policy", IMAGES)
-    task.latest = after[:len(faces.CAPTIONS)]
+    before = reference_images(base)
+    after = drawn(task, "policy", IMAGES)
+    task.latest = after[:len(faces.CAPTIONS)]  # for the sheet of run()
     reference, policy = judged_reference(base), judged(after)
     gains = {name: policy[name] - reference[name] for name in policy}
     distance = ((after.float() - before) / 255).flatten(1).square().mean(1).sqrt()
@@ -186,15 +200,16 @@ SOLVERS = {  # {name: (scheduler, its options, steps)}
     "PNDM": (diffusers.PNDMScheduler, {}, 25),  # the pipeline's own
     "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}, 25),
     "Euler": (diffusers.EulerDiscreteScheduler, {}, 25),
-    "Euler, ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, 25),  # is DDPM's sampler
+    "Euler, ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, 25),  # this is DDPM's step
     "DDIM, 100 steps": (diffusers.DDIMScheduler, {"clip_sample": False}, 100),
     "Euler, ancestral, 100 steps": (diffusers.EulerAncestralDiscreteScheduler, {}, 100),
 }
 
 
 def by_solver(task):
-    """Smile and quality of reference and policy by other solvers, for the same weights."""
-    own, found = task.pipe.scheduler, {}
+    """The numbers of reference and policy if the same weights are sampled by other solvers."""
+    own = task.pipe.scheduler
+    found = {}
     for name, (kind, options, steps) in SOLVERS.items():
         task.pipe.scheduler = kind.from_config(own.config, **options)
         with mock.patch.dict(faces.SAMPLING, num_inference_steps=steps):
@@ -204,34 +219,36 @@ def by_solver(task):
 
 
 def agreement(task):
-    """The share of all pairs in which the labels, and the scorer, say what the smiles say."""
+    """The shares of all pairs in which labels or scorer prefer the larger smile."""
     found = load_file(Path(task.cfg.model).with_suffix(".safetensors"))
     by_smile, by_clip = (found[name][:, 0] > found[name][:, 1] for name in ("smile", "clip"))
     return {"labels_agree": (found["label"].bool() == by_smile).double().mean().item(),
             "clip_agrees": (by_clip == by_smile).double().mean().item()}
 
 
-BINS = torch.linspace(-1.2, 1.2, 13)
+BINS = torch.linspace(-1.2, 1.2, 13)  # the borders of 12 bins
 
 
 def histogram(smiles, weight=None):
-    """Shares (12,) of smiles (N,) in the BINS."""
-    weight = torch.ones_like(smiles) if weight is None else weight
+    """Shares (12,) of smiles (N,) in the BINS. Smiles beyond them count in the outer ones."""
+    if weight is None:
+        weight = torch.ones_like(smiles)
     bins = torch.bucketize(smiles.clamp(-1.19, 1.19), BINS) - 1
     return torch.zeros(len(BINS) - 1).index_add(0, bins, weight) / weight.sum()
 
 
 def closed_form(task):
-    """The histogram of the policy's smiles beside p*(m), prop. to p_ref(m) exp(R(m) / beta).
+    """Compare the policy's smiles with those of p* = p_ref exp(R / beta) / Z.
 
-    The reference's samples are weighted for each caption by itself. "floor" is the distance of two
-    such estimates from different samples.
+    The smiles of p* are those of the reference's samples, weighted by exp(R / beta) / Z, where each
+    caption has its own Z. A "tv" is the total variation between a histogram and that of p*, and
+    "tv_floor" that of another estimate of p*, from other samples.
     """
     smile = {side: faces.smile_of(drawn(task, side, MANY)) for side in judge.SIDES}
     again = faces.smile_of(drawn(task, "reference", MANY, "again"))
 
     def optimum(smiles):
-        exponent = (faces.REWARD * smiles / task.cfg.beta).view(MANY, -1)  # (MANY, 12)
+        exponent = (faces.REWARD * smiles / task.cfg.beta).view(MANY, -1)  # (MANY, 12 captions)
         return histogram(smiles, exponent.softmax(0).flatten())
 
     p = {side: histogram(smile[side]) for side in smile}
@@ -257,9 +274,11 @@ class FaceJob:
     measures: tuple = ()
 
     def but(self, flags="", **changes):
+        """The same with more flags and other changes."""
         return replace(self, flags=f"{self.flags} {flags}".strip(), **changes)
 
 
+# D3PO and SPO, of OWN, take as many network passes as OTHER. A backward pass counts as two.
 OTHER = FaceJob("--steps 300 --batch 32 --lr 3e-5 --beta 500 --sample-every 75")
 OWN = FaceJob("--lora 0 --clip 0 --guidance 1 --sampling-steps 10 --batch 8 --lr 3e-5")
 NOISY = FaceJob("--steps 160 --batch 16 --lr 1e-4 --beta 500 --sample-every 40")
@@ -275,7 +294,7 @@ LOSSES = {"IPO": remedies.ipo, "label smoothing 0.1": remedies.label_smoothing,
 
 
 def remedies_of(job):
-    """{name: job}: plain DPO at three rates, and each remedy at the highest."""
+    """{name: job}: plain DPO at three rates, and each remedy at the highest (LoRA at its own)."""
     settings = {"DPO, lr 1e-5": job.but("--lr 1e-5"), "DPO, lr 3e-5": job.but("--lr 3e-5"),
                 "DPO, lr 1e-4": job}
     settings |= {name: job.but(loss=loss) for name, loss in LOSSES.items()}
@@ -312,8 +331,7 @@ def make_task(job, out):
     argv = ["--model", str(base), "--resolution", str(faces.SIDE), "--precision", "fp32",
             "--workers", "0", "--save-every", "100000", "--micro-batch", "32", "--method",
             job.method, "--seed", str(job.seed), "--out", str(out), *job.flags.split()]
-    rows = len(load_file(base.with_suffix(".safetensors"))["label"])
-    device, pipe = torch.device("cpu"), dpo.load_pipeline(str(base))
+    device = torch.device("cpu")
     if job.method in ("d3po", "spo"):
         cfg = on_policy.parse([*argv, "--data", str(base / "prompts.txt")])
         task = OwnFaces(cfg, device, faces.CAPTIONS, by_the_smile)
@@ -321,41 +339,42 @@ def make_task(job, out):
     else:
         cfg = dpo.parse(argv)
         pairs = Encoded(base, range(job.pairs), job.labels, job.seed)
-        task = Faces(cfg, device, pipe, pairs)
+        task = Faces(cfg, device, dpo.load_pipeline(str(base)), pairs)
         step = remedies.step_of(job.loss) if job.loss else dpo.dpo_step
-    task.held_out = Encoded(base, range(rows - faces.HELD_OUT, rows), "chance", job.seed)
+
+    n = len(load_file(base.with_suffix(".safetensors"))["label"])
+    held_out = range(n - faces.HELD_OUT, n)
+    task.held_out = Encoded(base, held_out, "chance", job.seed)  # whatever labels are trained on
     if job.in_nats:
         task.weight = dpo.elbo_weight(task.alphas_cumprod)
     return task, cfg, step
 
 
 def by_the_smile(images, prompts):
-    """The reward as a scorer of toy/on_policy.py: of PIL images."""
-    pixels = torch.stack([dpo.crop_square(image, faces.SIDE, 0.5, 0.5, False) for image in images])
-    smiles = faces.smile_of(pixels)
-    return faces.REWARD * smiles, smiles[:, None]
+    """The reward as a scorer for toy/on_policy.py: scores (N,) of N images (PIL), no embeddings."""
+    return faces.REWARD * faces.smile_of(pixels_of(images)), None
 
 
 def run(job, out):
-    """Train a job in the folder `out`. Returns its numbers; "path" has those of every picture.
+    """Train a job in the folder `out`. Returns its numbers; "path" has a point for every picture.
 
-    "sheet" is a PNG of the 12 captions by the policy in the end, in base64.
+    "sheet" is a PNG, in base64: the last policy's face for each of the 12 captions, in a row.
     """
     base = WORK / f"base-{job.seed}"
     task, cfg, step = make_task(job, out)
+    reference = task.reference
     path = []
 
     def add_to_path(task, file, rows):
-        with mock.patch.object(task, "reference", first):
+        with mock.patch.object(task, "reference", reference):  # a remedy may have moved it
             path.append(point(task, base, int(file.stem[-8:])))
 
-    with (remedies.prepared(task, job.loss) as first,
+    with (remedies.prepared(task, job.loss),
           mock.patch.object(dpo, "save_picture", add_to_path)):
         dpo.train(task, cfg, step)
-    numbers = {"reference": judged_reference(base), "path": path}
-    with io.BytesIO() as file:
-        faces.to_pil(torch.cat([*task.latest], 2)).save(file, "PNG")
-        numbers["sheet"] = base64.b64encode(file.getvalue()).decode()
+    row = faces.to_png(torch.cat([*task.latest], 2))
+    numbers = {"reference": judged_reference(base), "path": path,
+               "sheet": base64.b64encode(row).decode()}
     for measure in job.measures:
         numbers |= measure(task)
     return numbers
@@ -367,9 +386,9 @@ LOST = 0.005  # of quality, at which remedies are compared
 
 
 def smile_at_quality(path, lost=LOST):
-    """The largest gain in smile on a path whose quality has not fallen by more than `lost`.
+    """The largest gain in smile on a path, where the quality has not fallen by more than `lost`.
 
-    Between the points of a path, smile and quality are interpolated. It starts at 0, 0.
+    The path starts at the reference, with gains of 0. Between its points, both are interpolated.
     """
     points = [(0.0, 0.0)] + [(each["smile"], each["quality"]) for each in path]
     best = 0.0
@@ -381,62 +400,79 @@ def smile_at_quality(path, lost=LOST):
 
 
 def spread(values):
-    """The median of the seeds and their range."""
+    """The median of the seeds' values, and their range."""
     return f"{median(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 def print_table(title, rows):
-    """rows: {setting: {column: [number of a seed, ...]}}, printed as a table of Markdown."""
+    """Print rows {setting: {column: [number of a seed, ...]}} as a table of Markdown."""
     columns = list(next(iter(rows.values())))
-    print(f"\n{title}\n\n| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    print(f"\n{title}\n")
+    print("| | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for setting, cells in rows.items():
         print(f"| {setting} | " + " | ".join(spread(cells[name]) for name in columns) + " |")
+
+
+def cells_of(seeds, names):
+    """The cells {name: [number of a seed, ...]} of a row, from a dict of numbers for each seed."""
+    return {name: [numbers[name] for numbers in seeds] for name in names}
 
 
 def ends(runs):
     """The last points of the paths, and what is compared at equal quality."""
     shown = ("smile", "happy", "quality", "match", "diversity", "drift", "accuracy", "rise_w")
-    cells = {name: [numbers["path"][-1][name] for numbers in runs] for name in shown}
+    cells = cells_of([numbers["path"][-1] for numbers in runs], shown)
     return {"at equal quality": [smile_at_quality(numbers["path"]) for numbers in runs]} | cells
 
 
-SIGNALS = ("accuracy", "rise_w", "logit_std", "drift")  # of a path, without knowing the truth
+SIGNALS = ("accuracy", "rise_w", "logit_std", "drift")  # of a point, without knowing the truth
 
 
 def rank_correlation(xs, ys):
-    """Spearman's: 1 if the larger x always comes with the larger y."""
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (xs, ys)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    """Spearman's: 1 if the larger x always comes with the larger y. Equal values share a rank."""
+    values = torch.tensor([xs, ys], dtype=torch.float64)  # (2, N)
+    # How many of the N are smaller, less how many are larger: a rank, but for a factor and a shift.
+    ranks = (values[:, :, None] - values[:, None]).sign().sum(2)
+    return torch.corrcoef(ranks)[0, 1].item()
 
 
 def print_signals(settings):
-    """How well each signal tells smile and lost quality, over all points of the runs of a seed.
-
-    And what a run of plain DPO gains if it is stopped at the point of the highest accuracy.
-    """
+    """How well each signal tells smile and lost quality, over all points of the runs of a seed."""
     rows = {signal: {"with smile": [], "with quality lost": []} for signal in SIGNALS}
     for of_seed in zip(*settings.values(), strict=True):
-        points = [point for numbers in of_seed for point in numbers["path"]]
-        lost = [-point["quality"] for point in points]
+        points = [each for numbers in of_seed for each in numbers["path"]]
+        smiles = [each["smile"] for each in points]
+        lost = [-each["quality"] for each in points]
         for signal, cells in rows.items():
-            values = [point[signal] for point in points]
-            smiles = [point["smile"] for point in points]
+            values = [each[signal] for each in points]
             cells["with smile"].append(rank_correlation(values, smiles))
             cells["with quality lost"].append(rank_correlation(values, lost))
     print_table("signals: rank correlation", rows)
 
+
+def print_stops(settings):
+    """What plain DPO gains if it is stopped at its highest accuracy, and what in the end."""
     rows = {}
     for setting, runs in settings.items():
         if setting.startswith("DPO"):
             paths = [numbers["path"] for numbers in runs]
-            stops = {"highest accuracy": [max(path, key=lambda each: each["accuracy"])
-                                          for path in paths],
-                     "the end": [path[-1] for path in paths]}
-            for stop, points in stops.items():
-                shown = ("step", "smile", "quality")
-                rows[f"{setting}, {stop}"] = {
-                    name: [point[name] for point in points] for name in shown}
+            best = [max(path, key=lambda each: each["accuracy"]) for path in paths]
+            last = [path[-1] for path in paths]
+            shown = ("step", "smile", "quality")
+            rows[f"{setting}, highest accuracy"] = cells_of(best, shown)
+            rows[f"{setting}, the end"] = cells_of(last, shown)
     print_table("stopped at", rows)
+
+
+def print_solvers(runs):
+    """What by_solver() has measured in the runs of a setting."""
+    rows = {}
+    for solver in SOLVERS:
+        found = [numbers["solvers"][solver] for numbers in runs]
+        rows[solver] = {f"{what}, {side}": [each[side][what] for each in found]
+                        for what in ("smile", "quality") for side in judge.SIDES}
+    print_table("solvers", rows)
 
 
 def print_numbers(name, settings):
@@ -444,31 +480,28 @@ def print_numbers(name, settings):
     print_table(name, {setting: ends(runs) for setting, runs in settings.items()})
     if name in ("faces-noisy", "faces-clean"):
         print_signals(settings)
-    for runs in settings.values():
-        if "solvers" in runs[0] and name == "faces-methods":
-            rows = {}
-            for solver in SOLVERS:
-                found = [numbers["solvers"][solver] for numbers in runs]
-                rows[solver] = {
-                    f"{what}, {side}": [each[side][what] for each in found]
-                    for what in ("smile", "quality") for side in judge.SIDES}
-            print_table("solvers", rows)
+        print_stops(settings)
+    for setting, runs in settings.items():
+        if name == "faces-methods" and "solvers" in runs[0]:  # other experiments have it, too
+            print_solvers(runs)
         shown = ("tv_reference", "tv_policy", "tv_floor", "labels_agree", "clip_agrees")
-        cells = {key: [each[key] for each in runs] for key in shown if key in runs[0]}
-        if cells:
-            print_table("and", {"": cells})
-    base = [numbers["reference"] for numbers in runs]
-    print_table("the base", {"": {key: [each[key] for each in base] for key in base[0]}})
+        measured = [key for key in shown if key in runs[0]]
+        if measured:
+            print_table(f"{setting}: more", {"": cells_of(runs, measured)})
+
+    first, *_ = settings.values()  # all settings have the same references
+    references = [numbers["reference"] for numbers in first]
+    print_table("the base", {"": cells_of(references, references[0])})
 
 
-def draw_paths(ax, settings, colours=None):
+def draw_paths(ax, settings):
     """Smile against quality along the runs: a line for each seed, a colour for each setting."""
     for number, (setting, runs) in enumerate(settings.items()):
-        colour = (colours or {}).get(setting, f"C{number % 10}")
         for seed, numbers in enumerate(runs):
             points = [(0, 0)] + [(each["smile"], each["quality"]) for each in numbers["path"]]
+            smiles, qualities = zip(*points, strict=True)
             label = setting if seed == 0 else None
-            ax.plot(*zip(*points, strict=True), ".-", c=colour, alpha=0.7, label=label)
+            ax.plot(smiles, qualities, ".-", c=f"C{number}", alpha=0.7, label=label)
     ax.axhline(0, c="gray", ls=":", lw=1)
     ax.set(xlabel="smile, gained", ylabel="quality, gained")
 
@@ -501,9 +534,10 @@ def draw_sheet(settings, path):
 def draw_histograms(ax, runs):
     """The smiles of reference and policy beside p*: a line for each seed."""
     middles = (BINS[1:] + BINS[:-1]) / 2
-    for colour, whose in zip(("gray", "tab:blue", "black"), ("reference", "policy", "optimum"),
-                             strict=True):
+    lines = {"reference": ("reference", "gray"), "policy": ("policy", "tab:blue"),
+             "optimum": ("p*, closed form", "black")}
+    for whose, (name, colour) in lines.items():
         for seed, numbers in enumerate(runs):
-            label = {"optimum": "p*, closed form"}.get(whose, whose) if seed == 0 else None
+            label = name if seed == 0 else None
             ax.plot(middles, numbers["histograms"][whose], ".-", c=colour, alpha=0.7, label=label)
     ax.set(xlabel="smile", ylabel="share of the faces", ylim=0)

@@ -94,7 +94,7 @@ def test_a_run_on_faces(base, tmp_path, capsys):
 
 @pytest.fixture
 def brief_study(base, tmp_path, monkeypatch):
-    """The study with a brief base, in which a point of a path is judged by one image a caption."""
+    """The study with a brief base, in which a point of a path is judged by two images a caption."""
     (tmp_path / "base-0").symlink_to(base)
     for name, value in {"WORK": tmp_path, "IMAGES": 2, "MANY": 2}.items():
         monkeypatch.setattr(study_faces, name, value)
