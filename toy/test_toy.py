@@ -614,7 +614,8 @@ def test_a_part_of_the_study(few_samples, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "OUT", tmp_path / "study")
     monkeypatch.setattr(study_faces, "WORK", tmp_path / "work")
     monkeypatch.setattr(study, "SEEDS", (0,))
-    monkeypatch.setitem(study.EXPERIMENTS, "b-beta", {2: study.Job("--steps 1 --eval-every 0")})
+    job = study.Job("--steps 1 --eval-every 0", samples=500)
+    monkeypatch.setitem(study.EXPERIMENTS, "b-beta", {2: job})
     monkeypatch.setattr(study, "BETAS", (2,))
     study.main(["b-beta"])
     assert "b-beta: 2\n" in capsys.readouterr().out
