@@ -811,4 +811,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    dpo.run_command(main)
