@@ -455,7 +455,7 @@ def print_stops(settings):
     """What plain DPO gains if it is stopped at its highest accuracy, and what in the end."""
     rows = {}
     for setting, runs in settings.items():
-        if setting.startswith("DPO"):
+        if setting.startswith("DPO,"):
             paths = [numbers["path"] for numbers in runs]
             best = [max(path, key=lambda each: each["accuracy"]) for path in paths]
             last = [path[-1] for path in paths]
