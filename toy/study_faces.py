@@ -470,8 +470,11 @@ def print_solvers(runs):
     rows = {}
     for solver in SOLVERS:
         found = [numbers["solvers"][solver] for numbers in runs]
-        rows[solver] = {f"{what}, {side}": [each[side][what] for each in found]
-                        for what in ("smile", "quality") for side in judge.SIDES}
+        rows[solver] = {}
+        for what in ("smile", "quality"):
+            before = [each["reference"][what] for each in found]
+            gained = [each["policy"][what] - each["reference"][what] for each in found]
+            rows[solver] |= {f"{what} of the reference": before, f"{what}, gained": gained}
     print_table("solvers", rows)
 
 
