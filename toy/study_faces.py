@@ -294,13 +294,18 @@ LOSSES = {"IPO": remedies.ipo, "label smoothing 0.1": remedies.label_smoothing,
 
 
 def remedies_of(job):
-    """{name: job}: plain DPO at three rates, and each remedy at the highest (LoRA at its own)."""
+    """{name: job}: plain DPO at three rates, and each remedy at the highest (LoRA at its own).
+
+    The moving reference is also tried at a lower rate.
+    """
     settings = {"DPO, lr 1e-5": job.but("--lr 1e-5"), "DPO, lr 3e-5": job.but("--lr 3e-5"),
                 "DPO, lr 1e-4": job}
     settings |= {name: job.but(loss=loss) for name, loss in LOSSES.items()}
     return settings | {"gamma 25": job.but("--gamma 25"), "beta 2000": job.but("--beta 2000"),
                        "4 draws of 4 pairs": job.but("--draws 4 --batch 4"),
-                       "LoRA, lr 1e-3": job.but("--lora 8 --lr 1e-3")}
+                       "LoRA, lr 1e-3": job.but("--lora 8 --lr 1e-3"),
+                       "moving reference, lr 3e-5": job.but("--lr 3e-5",
+                                                            loss=remedies.moving_reference)}
 
 
 PLAIN = OTHER.but(measures=(by_solver,))
