@@ -433,14 +433,15 @@ EXPERIMENTS = {  # {name: {setting: job}}
         "SEE-DPO, gamma 0.5, anchor 0.05": SEE_FULL.but(loss=ANCHOR),
         "SEE-DPO, gamma 0.5, anchor 0.05, distilled": SEE_FULL.but(loss=ANCHOR, distilled=True),
     },
-    "j-remedies": {"DPO, lr 3e-3": SHORT_JUDGED, "DPO, lr 1e-3": SHORT_JUDGED.but("--lr 1e-3"),
-                   "DPO, lr 3e-4": SHORT_JUDGED.but("--lr 3e-4")}
-    | {name: SHORT_JUDGED.but(loss=loss) for name, loss in study_faces.LOSSES.items()}
-    | {
+    "j-remedies": {
+        "DPO, lr 3e-4": SHORT_JUDGED.but("--lr 3e-4"),
+        "DPO, lr 1e-3": SHORT_JUDGED.but("--lr 1e-3"),
+        "DPO, lr 3e-3": SHORT_JUDGED,
         "gamma 0.025": SHORT_JUDGED.but("--gamma 0.025"),
         "beta 2": SHORT_JUDGED.but("--beta 2"),
         "4 draws of 256 pairs": SHORT_JUDGED.but("--draws 4 --batch 256 --micro-batch 256"),
-    },
+    }
+    | {name: SHORT_JUDGED.but(loss=loss) for name, loss in study_faces.LOSSES.items()},
     "i-yardsticks": {
         "exact denoiser": FULL.but(yardstick=exact_denoiser),
         "reward model": FULL.but(yardstick=reward_model),
