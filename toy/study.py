@@ -738,7 +738,7 @@ def plot_faces(found):
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
             study_faces.draw_equal_quality(ax, found[name])
             ax.set(title=title)
-    study_faces.draw_sheet(found["faces-clean"], OUT / "faces-sheet.png")
+    study_faces.draw_sheet(found, OUT / "faces-sheet.png")
     with new_figure("faces-nats", 1, 7) as ax:
         study_faces.draw_histograms(ax, found["faces-nats"]["beta 3"])
 

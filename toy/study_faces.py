@@ -535,15 +535,17 @@ def draw_equal_quality(ax, settings):
     ax.grid(axis="x", alpha=0.3)
 
 
-SHOWN = ("DPO, lr 3e-5", "DPO, lr 1e-4", "IPO", "SFT mix 0.25 beta")  # on the sheet
+SHOWN = [("faces-methods", "DPO"), ("faces-clean", "DPO, lr 1e-4"), ("faces-clean", "IPO"),
+         ("faces-noisy", "4 draws of 4 pairs"), ("faces-methods", "SPO")]  # on the sheet
 
 
-def draw_sheet(settings, path):
-    """What the reference and the policies of the first seed draw: a row for each."""
+def draw_sheet(found, path):
+    """What the reference and some policies of the first seed draw: a row for each."""
     captions = len(faces.CAPTIONS)
     images = [faces.to_pil(image) for image in reference_images(WORK / "base-0")[:captions]]
-    for setting in SHOWN:
-        sheet = Image.open(io.BytesIO(base64.b64decode(settings[setting][0]["sheet"])))
+    for experiment, setting in SHOWN:
+        png = base64.b64decode(found[experiment][setting][0]["sheet"])
+        sheet = Image.open(io.BytesIO(png))
         images += [sheet.crop((x, 0, x + faces.SIDE, faces.SIDE))
                    for x in range(0, sheet.width, faces.SIDE)]
     faces.enlarge(images, captions).save(path)
