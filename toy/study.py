@@ -729,14 +729,15 @@ SOLVERS = {
 
 
 def plot_faces(found):
-    """Smile against quality of each method, and what the remedies gain at equal quality."""
+    """Smile against quality of methods and remedies, a sheet of faces, and the closed form."""
     with new_figure("faces-methods", 1, 8, 5) as ax:
         labels = {"DPO, labels by CLIP": found["faces-labels"]["the tiny CLIP"]}
         study_faces.draw_paths(ax, found["faces-methods"] | labels)
     with new_figure("faces-remedies", 2, 12, 5) as axes:
         titles = {"faces-noisy": "800 noisy pairs", "faces-clean": "100 clean pairs"}
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
-            study_faces.draw_equal_quality(ax, found[name])
+            best = {setting: found[name][setting] for setting in study_faces.BEST}
+            study_faces.draw_paths(ax, best)
             ax.set(title=title)
     study_faces.draw_sheet(found, OUT / "faces-sheet.png")
     with new_figure("faces-nats", 1, 7) as ax:
