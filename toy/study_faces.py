@@ -428,7 +428,9 @@ def ends(runs):
     """The last points of the paths, and what is compared at equal quality."""
     shown = ("smile", "happy", "quality", "match", "diversity", "drift", "accuracy", "rise_w")
     cells = cells_of([numbers["path"][-1] for numbers in runs], shown)
-    return {"at equal quality": [smile_at_quality(numbers["path"]) for numbers in runs]} | cells
+    paths = [numbers["path"] for numbers in runs]
+    return {"at equal quality": [smile_at_quality(path) for path in paths],
+            "at twice the loss": [smile_at_quality(path, 2 * LOST) for path in paths]} | cells
 
 
 SIGNALS = ("accuracy", "rise_w", "logit_std", "drift")  # of a point, without knowing the truth
