@@ -473,7 +473,7 @@ def print_stops(settings):
 
 
 def print_wins(settings):
-    """In how many seeds each setting gains more than DPO at the same rate, if that stops earlier."""
+    """In how many seeds each setting gains more than DPO at 1e-4 that is stopped earlier."""
     for column in ("at equal quality", "at twice the loss"):
         print(f"\nseeds ahead of DPO at 1e-4, {column}")
         plain = ends(settings["DPO, lr 1e-4"])[column]
