@@ -543,7 +543,7 @@ def draw_sheet(found, path):
         sheet = Image.open(io.BytesIO(png))
         images += [sheet.crop((x, 0, x + faces.SIDE, faces.SIDE))
                    for x in range(0, sheet.width, faces.SIDE)]
-    faces.enlarge(images, captions).save(path)
+    faces.enlarge(images, captions).quantize(128).save(path)  # a smaller file
 
 
 def draw_histograms(ax, runs):
