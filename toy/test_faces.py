@@ -142,7 +142,7 @@ def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("qualities, smile", [
-    ((0.01, 0.02), 0.4), ((-0.01, -0.02), 0.1), ((0.0, -0.01), 0.3), ((-0.01, 0.01), 0.4)])
+    ((-0.01, -0.02), 0.1), ((0.0, -0.01), 0.3), ((-0.01, 0.01), 0.4)])
 def test_smile_at_equal_quality(qualities, smile):
     """It is the largest smile on the path, up to where the quality has fallen by 0.005."""
     path = [{"smile": 0.2 * (i + 1), "quality": each} for i, each in enumerate(qualities)]

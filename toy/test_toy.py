@@ -421,18 +421,21 @@ def test_losses_by_hand(loss, gamma, more, logit):
     assert losses.item() == pytest.approx(math.log1p(math.exp(-logit)) + more, abs=1e-6)
 
 
+PAIR = (1.0, 1.2, 1.1, 1.0)
+
+
 @pytest.mark.parametrize(
     "remedy, errors, loss, factors",
     [
         # errors e_w, e_l, r_w, r_l; the loss; minus its gradient by e_w and by e_l
-        (remedies.ipo, (1.0, 1.2, 1.1, 1.0), 0.01, (0.4, -0.4)),
-        (remedies.label_smoothing, (1.0, 1.2, 1.1, 1.0), 0.497, (-0.509, 0.509)),
-        (remedies.sft_mix, (1.0, 1.2, 1.1, 1.0), 0.937, (-1.209, 0.709)),
-        (remedies.strong_sft_mix, (1.0, 1.2, 1.1, 1.0), 0.937, (-1.209, 0.709)),
-        (remedies.dpop, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.709)),
+        (remedies.ipo, PAIR, 0.01, (0.4, -0.4)),
+        (remedies.label_smoothing, PAIR, 0.497, (-0.509, 0.509)),
+        (remedies.sft_mix, PAIR, 0.937, (-1.209, 0.709)),
+        (remedies.strong_sft_mix, PAIR, 0.937, (-1.209, 0.709)),
+        (remedies.dpop, PAIR, 0.437, (-0.709, 0.709)),
         (remedies.dpop, (1.2, 1.0, 1.1, 1.2), 1.784, (-9.984, 1.664)),
         (remedies.clamp, (0.5, 1.2, 1.1, 1.0), 0.313, (0, 0)),
-        (remedies.half_loser, (1.0, 1.2, 1.1, 1.0), 0.437, (-0.709, 0.355)),
+        (remedies.half_loser, PAIR, 0.437, (-0.709, 0.355)),
     ],
 )
 def test_remedies_by_hand(remedy, errors, loss, factors):
