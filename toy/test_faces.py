@@ -128,6 +128,8 @@ def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
     """Every table, figure and file of numbers of the chapter is made of what the jobs measure."""
     numbers = run_briefly(measures=(study_faces.by_solver, study_faces.closed_form))
     assert len(numbers["path"]) == 2
+    still = run_briefly(flags="--lr 0")["path"][-1]
+    assert still["drift"] == still["smile"] == 0 and still["step"] == 2
     own = run_briefly(method="d3po", flags="--sampling-steps 2 --lora 0")
     found = {name: dict.fromkeys(settings, [numbers, own | numbers, numbers])
              for name, settings in study_faces.EXPERIMENTS.items()}
@@ -155,6 +157,12 @@ def test_shares_of_smiles():
     assert shares[0] == 0.5 and shares[6] == shares[-1] == 0.25
     weighted = study_faces.histogram(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 3.0]))
     assert weighted[6] == 0.25 and math.isclose(weighted.sum(), 1)
+
+
+def test_rank_correlation():
+    """It looks at the order only, and equal values share a rank."""
+    assert study_faces.rank_correlation([1, 2, 2], [3, 90, 90]) == pytest.approx(1)
+    assert study_faces.rank_correlation([1, 2, 3], [9, 1, 0]) == pytest.approx(-1)
 
 
 @pytest.mark.slow
