@@ -20,6 +20,7 @@ import pytest
 import study
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import diffusion_dpo as dpo
 from toy import faces, judge, study_faces
@@ -122,6 +123,15 @@ def test_a_job_on_faces_is_the_run_of_the_script(brief_study, base, tmp_path):
     wanted = dpo.train(dpo.make_task(cfg, torch.device("cpu")), cfg)
     for name in ("loss", "err_policy_w"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in wanted], rel=1e-3)
+
+
+@pytest.mark.parametrize("labels", ["smile", "clip"])
+def test_labels_without_chance(brief_study, tmp_path, labels):
+    """The face with the larger smile or score is the preferred one."""
+    found = load_file(tmp_path / "base-0.safetensors")
+    pairs = study_faces.Encoded(tmp_path / "base-0", range(40), labels, seed=0)
+    better = found[labels].argmax(1)
+    assert torch.equal(pairs.latents[:, 0], found["latents"][torch.arange(40), better])
 
 
 def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
