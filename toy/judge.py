@@ -145,7 +145,7 @@ def read_run(policy):
 def settings(args):
     """diffusion_dpo.py's settings for --policy. Raises UserError.
 
-    Model and resolution are those of its run unless `args` say otherwise.
+    Model and resolution are those of its run unless `args` say otherwise. The guidance is its own.
     """
     run, rank = read_run(args.policy)
     model = args.model or run.get("model")
@@ -157,7 +157,8 @@ def settings(args):
         raise dpo.UserError("--model toy: it has no images to score; its run prints a table")
 
     flags = {"model": model, "lora": rank, "precision": args.precision,
-             "resolution": args.resolution or run.get("resolution"), "lr": 0}
+             "resolution": args.resolution or run.get("resolution"),
+             "guidance": run.get("guidance"), "lr": 0}
     cfg = dpo.parse([f"--{name}={value}" for name, value in flags.items() if value is not None])
     cfg.micro_batch = args.micro_batch or cfg.micro_batch
     return cfg
@@ -213,7 +214,8 @@ def compare(args):
     weights = dpo.load_weights(task, args.policy)
 
     # Other weights, or new ones in the same folder, get images of their own.
-    how = {"model": cfg.model, "resolution": cfg.resolution, "precision": cfg.precision}
+    how = {"model": cfg.model, "resolution": cfg.resolution, "guidance": cfg.guidance,
+           "precision": cfg.precision}
     changed = max(file.stat().st_mtime_ns for file in weights.glob("*.safetensors"))
     policy = how | {str(weights.resolve()): changed}
     # Another machine may see another time, so all take that of process 0.

@@ -476,12 +476,13 @@ def test_compare_in_two_processes(contest, tmp_path):
 
 
 def test_compare_judges_a_run_as_it_was_trained(tiny, tmp_path, contest):
-    """The folder of a LoRA run, or that of its adapters, tells model, resolution and rank."""
-    run = tmp_path / "run"
-    call(dpo, flags_of(tiny, "sd15", f"--lora 2 --batch 4 --steps 1 --lr 0.5 --out {run}"))
+    """The folder of a LoRA run, or that of its adapters, tells model, resolution, guidance, rank."""
+    run, flags = tmp_path / "run", "--lora 2 --batch 4 --steps 1 --lr 0.5 --guidance 1"
+    call(dpo, flags_of(tiny, "sd15", f"{flags} --out {run}"))
     for folder in run, run / "lora":
         found = contest(run=folder)
         assert found["resolution"] == 64 and found["diversity"]["difference"] != 0
+        assert found["guidance"] == 1
     with pytest.raises(dpo.UserError, match="--model sd15"):
         contest(run=f"{run} --model sd15")
 
