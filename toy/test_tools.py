@@ -476,7 +476,7 @@ def test_compare_in_two_processes(contest, tmp_path):
 
 
 def test_compare_judges_a_run_as_it_was_trained(tiny, tmp_path, contest):
-    """The folder of a LoRA run, or that of its adapters, tells model, resolution, guidance, rank."""
+    """The folder of a LoRA run, or of its adapters, tells model, resolution, guidance and rank."""
     run, flags = tmp_path / "run", "--lora 2 --batch 4 --steps 1 --lr 0.5 --guidance 1"
     call(dpo, flags_of(tiny, "sd15", f"{flags} --out {run}"))
     for folder in run, run / "lora":
