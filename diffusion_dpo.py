@@ -1198,7 +1198,7 @@ class Config:
     save_every: int = 100  # steps between checkpoints; two are kept (ours)
     eval_every: int = 0  # steps between evaluations on --eval-split; 0: none (ours)
     sample_every: int = 250  # steps between pictures of reference and policy; 0: none (ours)
-    guidance: float = None  # guidance of the pictures; None: the pipeline's own
+    guidance: float = None  # of the pictures only; 1: no guidance; None: the pipeline's own
     evaluate: str = None  # only judge a policy on --eval-split: that of --out, or of folder X
 
 

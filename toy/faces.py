@@ -386,10 +386,10 @@ def draw_film(files, path):
 
 # ----------------------------------------------------------------------------------- command line
 
-NEXT = """next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet --resolution 32 \\
+NEXT = """next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet \\
           --split 'train[:-{held_out}]' --eval-split 'train[-{held_out}:]' --eval-every 100 \\
-          --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 300 --sample-every 30 \\
-          --guidance 1 --out runs/faces
+          --resolution 32 --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 300 \\
+          --sample-every 30 --guidance 1 --out runs/faces
       python toy/faces.py look runs/faces"""
 
 

@@ -787,7 +787,7 @@ def main(argv=None):
     names = (sys.argv[1:] if argv is None else argv) or list(EXPERIMENTS)
     for name in names:
         if name not in EXPERIMENTS:
-            raise dpo.UserError(f"{name}: it should be one of {', '.join(EXPERIMENTS)}")
+            raise dpo.UserError(f"{name}: it should be a name of toy/study/*.json, without .json")
     jobs = {}  # a job that is in two experiments is run once
     for name in names:
         for job in EXPERIMENTS[name].values():

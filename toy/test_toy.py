@@ -626,7 +626,7 @@ def test_a_part_of_the_study(few_samples, tmp_path, monkeypatch, capsys):
         study.main(["b-beta"])
     assert not run.called
     assert {path.name for path in (tmp_path / "study").iterdir()} == {"b-beta.json", "b-beta.png"}
-    with pytest.raises(dpo.UserError, match="beta: it should be one of"):
+    with pytest.raises(dpo.UserError, match="beta: it should be a name"):
         study.main(["beta"])
 
 
