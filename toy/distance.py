@@ -97,6 +97,6 @@ def report_toy(toy, rows):
         print(f"{name:12}{numbers[f'reward_{name}']:14.3f}{numbers[f'entropy_{name}']:17.3f}"
               f"{numbers[f'tv_{name}']:12.3f}")
     print(f"{'floor':43}{numbers['tv_floor']:12.3f}\n"
-          "TV is the total variation. policy is sampled by DDPM, policy_ode by an ODE, floor from"
-          f" p* itself. See {toy.cfg.out}/toy.png")
+          "TV is the total variation. policy is sampled by DDPM, policy_ode by an ODE, and floor\n"
+          f"from p* itself. The picture is {toy.cfg.out}/toy.png")
     dpo.save_picture(toy, Path(toy.cfg.out, "toy.png"), rows, numbers, densities)

@@ -64,8 +64,8 @@ def make_sheet(task, path):
 def sample_images(task, side, jobs):
     """Images (PIL) of the "reference" or the "policy" for jobs (prompt, number), in one batch.
 
-    A job has its own noise, which is the same for both sides. The sampling steps are the pipeline's
-    own, and so is the guidance unless --guidance tells another.
+    A job has its own noise, which is the same for both sides. The number of sampling steps is the
+    pipeline's own. So is the guidance, unless the run has --guidance.
     """
     if not jobs:
         return []

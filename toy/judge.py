@@ -145,7 +145,8 @@ def read_run(policy):
 def settings(args):
     """diffusion_dpo.py's settings for --policy. Raises UserError.
 
-    Model and resolution are those of its run unless `args` say otherwise. The guidance is its own.
+    Model and resolution are those of its run, unless `args` say otherwise. The guidance is always
+    that of its run.
     """
     run, rank = read_run(args.policy)
     model = args.model or run.get("model")

@@ -83,9 +83,9 @@ PRESETS = {  # beta, lr, batch and lora of the images are those of the released 
         "sd35": dict(lr=3e-5),
     },
 }
-LEAST = {"sampling_steps": 2, "candidates": 2, "guidance": 1}
+LEAST = {"sampling_steps": 2, "candidates": 2}
 NO_MEANING = ["draws", "caption_dropout", "eval_every", "eval_split", "evaluate"]
-ONLY_FOR_IMAGES = ["guidance", "scorer"]
+ONLY_FOR_IMAGES = ["scorer"]
 
 
 def parse(argv=None):

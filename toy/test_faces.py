@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
@@ -137,11 +138,14 @@ def test_labels_without_chance(brief_study, tmp_path, labels):
 def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
     """Every table, figure and file of numbers of the chapter is made of what the jobs measure."""
     numbers = run_briefly(measures=(study_faces.by_solver, study_faces.closed_form))
-    assert len(numbers["path"]) == 2
+    (_, last), by_pndm = numbers["path"], numbers["solvers"]["PNDM"]
+    gained = by_pndm["policy"]["smile"] - by_pndm["reference"]["smile"]
+    assert last["smile"] == pytest.approx(gained, abs=1e-3)
     still = run_briefly(flags="--lr 0")["path"][-1]
     assert max(still["drift"], abs(still["smile"])) < 1e-3
     own = run_briefly(method="d3po", flags="--sampling-steps 2 --lora 0")
-    found = {name: dict.fromkeys(settings, [numbers, own | numbers, numbers])
+    assert len(own["path"]) == 2
+    found = {name: dict.fromkeys(settings, [numbers] * 3)
              for name, settings in study_faces.EXPERIMENTS.items()}
     monkeypatch.setattr(study, "OUT", tmp_path / "out")
     study.OUT.mkdir()
@@ -167,6 +171,21 @@ def test_shares_of_smiles():
     assert shares[0] == 0.5 and shares[6] == shares[-1] == 0.25
     weighted = study_faces.histogram(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 3.0]))
     assert weighted[6] == 0.25 and math.isclose(weighted.sum(), 1)
+
+
+def test_closed_form_of_two_smiles(monkeypatch):
+    """The reference draws smiles of -0.5 and 0.5 in equal shares. With R / beta = m, the share of
+    0.5 in p* is sigmoid(1) = 0.731. The policy draws nothing else."""
+    smiles = {"reference": torch.tensor([-0.5, 0.5]).repeat_interleave(12),
+              "policy": torch.full((24,), 0.5)}
+    monkeypatch.setattr(study_faces, "MANY", 2)
+    monkeypatch.setattr(study_faces, "drawn", lambda task, side, n, key="look": smiles[side])
+    monkeypatch.setattr(faces, "smile_of", lambda images: images)
+    task = SimpleNamespace(cfg=SimpleNamespace(beta=3.0))
+    found = study_faces.closed_form(task)
+    assert found["tv_reference"] == pytest.approx(0.231, abs=1e-3)
+    assert found["tv_policy"] == pytest.approx(0.269, abs=1e-3)
+    assert found["tv_floor"] == 0
 
 
 def test_rank_correlation():
