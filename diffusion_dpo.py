@@ -67,6 +67,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, get_args
@@ -204,15 +205,21 @@ def autocast(task):
     """Inside it, --precision bf16 computes in bf16. Trained weights stay fp32."""
     return torch.autocast(task.weight.device.type, torch.bfloat16, task.cfg.precision == "bf16")
 
-def batch_errors(task, batch, draws, seed):
-    """pair_errors of a batch as the DataLoader makes it, with the noise of its pairs."""
+def batch_errors(task, batch, draws, seed, at_once=None):
+    """pair_errors of a batch as the DataLoader makes it, with the noise of its pairs.
+
+    at_once, a divisor of draws, is the number of draws in one forward pass, by default all.
+    """
     x_w, x_l, cond = task.encode(batch)
     keys = zip(batch["epoch"].tolist(), batch["row"].tolist(), strict=True)
     noise = [draw_noise(seed, epoch, row, draws, len(task.weight), task.shape)
              for epoch, row in keys]  # B tuples: t (K,), eps (K, *shape)
-    t, eps = (torch.stack(each).to(x_w.device) for each in zip(*noise, strict=True))
+    t, eps = (torch.stack(each).to(x_w.device, non_blocking=True)
+              for each in zip(*noise, strict=True))
+    parts = zip(t.split(at_once or draws, 1), eps.split(at_once or draws, 1), strict=True)
     with autocast(task):
-        return pair_errors(task, x_w, x_l, t, eps, cond)
+        errors = [pair_errors(task, x_w, x_l, *part, cond) for part in parts]
+    return [torch.stack(means).mean(0) for means in zip(*errors, strict=True)]
 
 
 # ---------------------------------------------------------- 3. The toy, whose answer is known
@@ -447,17 +454,40 @@ def gather(value):
         dist.all_gather_object(values, value)
     return values
 
-def start_processes(use_gpu):
-    """Join the other processes if torchrun started this one. Returns the device of this process."""
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if use_gpu else "cpu")
+def from_main(function, *inputs):
+    """function(*inputs), called by process 0 alone. All get what it returns, or its UserError."""
+    outcome = None
+    if is_main():
+        try:
+            outcome = function(*inputs)
+        except UserError as error:
+            outcome = error
+    outcome = gather(outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+def start_processes(use_gpu, precision="fp32"):
+    """Join the other processes if torchrun started this one. Returns the device of this process.
+
+    Raises UserError if there are fewer GPUs than processes, or if they lack the precision.
+    """
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{number}" if use_gpu else "cpu")
     if use_gpu:
+        if number >= torch.cuda.device_count():
+            raise UserError("--nproc_per_node: it should be at most the number of GPUs here,"
+                            f" {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError("--precision bf16: this GPU has none; --precision fp32 is right here")
     if "RANK" in os.environ:
         # After a restart torchrun's store still lists the ended processes. A prefix hides them.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
-                                rank=rank, world_size=world)
+                                rank=rank, world_size=world,
+                                timeout=timedelta(hours=1))  # long enough for slow pictures
     return device
 
 def ignore_signals(worker):
@@ -481,8 +511,9 @@ def make_optimizer(parameters, cfg):
 
 def one_line(error):
     """The messages of an error and of its cause in one line, or its type if it has no message."""
-    words = f"{error} {error.__cause__ or ''}".split()  # datasets has the reason in the cause
-    return " ".join(words)[:400] or type(error).__name__
+    words = " ".join(f"{error} {error.__cause__ or ''}".split())  # datasets has reasons in causes
+    shown = [c if c.isprintable() else "?" for c in words]  # a path may hold orders to the terminal
+    return "".join(shown)[:400] or type(error).__name__
 
 @contextmanager
 def blame(what):
@@ -498,6 +529,14 @@ def hash_of(value):
     """16 hex digits, which change if any part of the value changes."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
+def hash_of_files(files):
+    """A hash of the names and contents of files, whatever their folder and their order."""
+    found = []
+    for file in sorted(file for file in files if file.is_file()):
+        with open(file, "rb") as opened:
+            found.append((file.name, hashlib.file_digest(opened, "sha256").hexdigest()))
+    return hash_of(found)
+
 @contextmanager
 def atomic_write(path):
     """Yield a path to write a file or folder at. Rename it to `path` at the end. Raises OSError."""
@@ -506,7 +545,10 @@ def atomic_write(path):
     shutil.rmtree(partial, ignore_errors=True)  # if an earlier process died while it wrote
     try:
         yield partial
-        os.sync()
+        for file in [partial, *partial.rglob("*")]:  # onto the disk, before the name changes
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         shutil.rmtree(path, ignore_errors=True)  # if it is a folder
         partial.replace(path)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
@@ -530,7 +572,8 @@ def save_checkpoint(out, task, optimizer, step):
 
 def load_checkpoint(out, task, optimizer):
     """Load the newest whole checkpoint. Returns its step, 0 if there is none. Raises UserError."""
-    step, folders = 0, sorted(out.glob("checkpoint-[0-9]*"), reverse=True)
+    found = sorted(out.glob("checkpoint-[0-9]*"), reverse=True)
+    step, folders = 0, gather(found)[0]  # a shared disk may show them late to other processes
     for folder in folders:
         try:
             saved = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)
@@ -542,11 +585,6 @@ def load_checkpoint(out, task, optimizer):
             print_once(f"WARNING     {folder} is passed over: {one_line(error)}")
     if folders and step == 0:
         raise UserError(f"--out {out}: none of its checkpoints can be read")
-
-    # All processes should be where this one is. Compare the step and each tensor's first number.
-    here = [step] + [p.flatten()[0].item() for p in task.policy.parameters()]
-    if any(there != here for there in gather(here)):
-        raise UserError(f"--out {out}: all processes should share one disk and one --model")
     return step
 
 
@@ -556,10 +594,11 @@ class Run:
     def __init__(self, task, cfg, optimizer):
         self.task, self.cfg, self.out = task, cfg, Path(cfg.out)
         self.content = task.content()  # hashes of the data and the weights
-        check_out(cfg, self.content)  # part 9: refuses the folder of another run
-        self.lock()
+        from_main(check_out, cfg, self.content)  # part 9: refuses the folder of another run
+        from_main(self.lock)
         self.save = functools.partial(save_checkpoint, self.out, task, optimizer)
         self.first_step = load_checkpoint(self.out, task, optimizer)
+        self.check_processes()
         self.unreadable, self.rows = 0, []
         if is_main():
             self.announce()
@@ -586,16 +625,21 @@ class Run:
 
     def lock(self):
         """Raise UserError if another run is at work in --out. A lock ends with its process."""
-        is_taken = False
-        if is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.out / ".lock", "w")  # it stays open: closing it unlocks it
-            try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_taken = True
-        if gather(is_taken)[0]:  # what process 0 found
-            raise UserError(f"--out {self.out}: another run is at work in it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(self.out / ".lock", "w")  # it stays open: closing it unlocks it
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another run is at work in it") from None
+
+    def check_processes(self):
+        """Raise UserError unless all processes have the same step, data, model and weights."""
+        hashes = [value for name, value in self.content.items() if name != "sources"]
+        weights = [p.flatten()[0].item() for p in self.task.policy.parameters()]
+        here = [self.first_step, hashes, weights]
+        if any(there != here for there in gather(here)):
+            raise UserError(f"--out {self.out}: all processes should share it, as one folder on one"
+                            " disk, and have the same --model and --data")
 
     def read_rows(self):
         """Keep the rows of metrics.jsonl for the steps done before. Later ones are redone."""
@@ -698,12 +742,14 @@ def evaluate(task):
     cfg, n = task.cfg, len(task.held_out)
     rank, world = rank_and_world()
     keys = [(HELD_OUT, row) for row in range(rank, n, world)]
-    size = max(1, cfg.micro_batch * cfg.draws // EVAL_DRAWS)  # about as many x_t as in training
+    # A forward pass takes no more x_t than in training, so it needs no more memory.
+    at_once = max(draws for draws in (1, 2, 5, EVAL_DRAWS) if draws <= cfg.draws)
+    size = cfg.micro_batch * cfg.draws // at_once
     batches = load_batches(task.held_out, BatchSampler(keys, size, drop_last=False), cfg)
 
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     for batch in tqdm(batches, "evaluate", ncols=99, leave=False, disable=rank > 0):
-        errors = batch_errors(task, batch, EVAL_DRAWS, "held out")
+        errors = batch_errors(task, batch, EVAL_DRAWS, "held out", at_once)
         losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
         sums += metric_sums(batch, losses, logit, errors).double().cpu()
     all_reduce(sums)
@@ -730,6 +776,7 @@ FORMATS = [
     ("prompt", "chosen", "rejected", None),     # open-image-preferences-v1-binarized
     ("prompt", "path1", "path2", None),         # HPDv3
     ("prompt", "preferred", "rejected", None),  # your own pairs.jsonl
+    ("prompt", "latents", "embeddings", "label"),  # encoded ahead, by toy/encode.py
 ]
 
 def root_of(data):
@@ -769,11 +816,8 @@ def read_json(file):
     else:
         rows = []
         for number, line in enumerate(content.split(b"\n"), 1):
-            try:
+            with blame(f"{file}, line {number}"):
                 rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:  # json counts each line as line 1
-                message = f"line {number}: {error}".replace(": line 1 column", ": column")
-                raise ValueError(message) from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is {row!r}; it should be an object, in braces")
@@ -804,16 +848,20 @@ def load_table(data, split):
     names = [glob.escape(os.path.abspath(file)) for file in files]  # else [1] is a pattern
     return datasets.load_dataset("parquet", hash_of(state), data_files=names, split="train")
 
+def base_of(split):
+    """The name of a split without its slice: "train" of "train[:-100]"."""
+    return re.match(r"\w*", split)[0]
+
 def load_pairs(data, split):
     """A split of --data as a table with the columns prompt, first, second, label and row.
 
     first and second are images, as image_bytes takes them. A label is 1 if the first is preferred,
     0 if the second is, and 0.5 or None if neither is. row is the place in the whole split, such as
-    "7 of train". Raises UserError.
+    "7 of train". Of a set encoded ahead, first and second are files. Raises UserError.
     """
     import datasets
     with blame(f"--data {data}"):
-        base = re.match(r"\w*", split)[0]  # "train" of "train[:-100]"
+        base = base_of(split)
         table = load_table(data, base)
         names = list(getattr(table, "column_names", table))  # of a dict: its keys
         fitting = [each for each in FORMATS if set(each) - {None} <= set(names)]
@@ -838,7 +886,8 @@ def load_pairs(data, split):
         if isinstance(table, dict):
             table = datasets.Dataset.from_dict({name: table[name] for name in columns})
         for column in columns[1:]:
-            table = table.cast_column(column, datasets.Image(decode=False))
+            if column not in ("latents", "embeddings"):  # these are names of files
+                table = table.cast_column(column, datasets.Image(decode=False))
         new_names = dict(zip(columns, ["prompt", "first", "second"], strict=True))
         table = table.select_columns(columns).rename_columns(new_names)
         rows = [f"{row} of {base}" for row in range(len(labels))]
@@ -883,17 +932,13 @@ def crop_square(image, size, u, v, flip):
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, centering=(u, v))
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
-def blank_pair(cfg, epoch, row):
-    """Two black images without a caption, in place of a pair that cannot be read."""
-    images = torch.zeros(2, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
-    return {"epoch": epoch, "row": row, "unreadable": 1.0, "prompt": "", "images": images}
-
 
 class ImagePairs:
     """The pairs in a split of --data, without its ties. Images are decoded when asked for."""
 
-    def __init__(self, cfg, split):
-        whole = load_pairs(cfg.data, split)
+    encoded = False  # toy/encode.py has a class of pairs that are
+
+    def __init__(self, cfg, split, whole):
         decided = [row for row, label in enumerate(whole["label"]) if label in (0, 1)]
         if not decided:
             raise UserError(f"--data {cfg.data}: no pair of split {split} has a preference")
@@ -914,10 +959,22 @@ class ImagePairs:
     def __len__(self):
         return len(self.table)
 
-    def read(self, epoch, row):
-        """The "prompt" of a pair and its "images" (2, 3, H, W) uint8, preferred first."""
-        item = self.table[row]
+    def read(self, item, prompt, u, v, flip):
+        """The images of a pair, preferred first. u, v and flip are those of crop_square()."""
         sides = ["first", "second"] if item["label"] else ["second", "first"]
+        images = [read_image(item[side], self.root) for side in sides]
+        images = [crop_square(image, self.cfg.resolution, u, v, flip) for image in images]
+        return {"images": torch.stack(images), "prompt": prompt}  # (2, 3, H, W) uint8
+
+    def blank(self):
+        """Black images without a prompt, in place of a pair that cannot be read."""
+        size = self.cfg.resolution
+        return {"images": torch.zeros(2, 3, size, size, dtype=torch.uint8), "prompt": ""}
+
+    def __getitem__(self, key):
+        """What read() returns. An unreadable pair is reported, blanked, and not trained on."""
+        epoch, row = key
+        item = self.table[row]
 
         # Crop, flip and dropped caption are the same for both images, as their noise is. (The
         # released code flips each image alone, and its launchers crop the centre.)
@@ -925,23 +982,25 @@ class ImagePairs:
         u, v, as_is, keep = torch.rand(4, generator=gen).tolist()
         if epoch == HELD_OUT:  # the centre, not flipped, with its caption
             u, v, as_is, keep = 0.5, 0.5, 1, 1
-
-        images = []
-        for side in sides:
-            image = read_image(item[side], self.root)
-            images.append(crop_square(image, self.cfg.resolution, u, v, flip=as_is < 0.5))
         prompt = "" if keep < self.cfg.caption_dropout else (item["prompt"] or "")
-        return {"prompt": prompt, "images": torch.stack(images)}
 
-    def __getitem__(self, key):
-        """What read() returns. An unreadable pair is reported, blanked, and not trained on."""
-        epoch, row = key
+        unreadable = 0.0
         try:
-            return self.read(epoch, row) | {"epoch": epoch, "row": row, "unreadable": 0.0}
+            shown = self.read(item, prompt, u, v, as_is < 0.5)
         except Exception as error:  # decoders raise anything; it all means the same
-            number = self.table["row"][row]  # its place in the whole split
-            print(f"\nunreadable  row {number}, {self.cfg.data}: {one_line(error)}")
-            return blank_pair(self.cfg, epoch, row)
+            print(f"\nunreadable  row {item['row']}, {self.cfg.data}: {one_line(error)}")
+            shown, unreadable = self.blank(), 1.0
+        return shown | {"epoch": epoch, "row": row, "unreadable": unreadable}
+
+
+def open_pairs(cfg, split):
+    """A split of --data: images, or what toy/encode.py made of them. Raises UserError."""
+    whole = load_pairs(cfg.data, split)
+    if whole.features["first"].dtype != "string":  # not the name of a file
+        return ImagePairs(cfg, split, whole)
+    with blame(f"--data {cfg.data}"):
+        from toy.encode import EncodedPairs
+        return EncodedPairs(cfg, split, whole)
 
 
 # ------------------------------------------------------------------------ 8. Stable Diffusion
@@ -949,6 +1008,7 @@ class ImagePairs:
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
        "sd35": "stabilityai/stable-diffusion-3.5-medium"}
+ENCODERS = "vae|text_encoder"
 LORA_LAYERS = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # add: SD3's, for the text
 
 def load_part(folder, name, library, kind):
@@ -965,22 +1025,33 @@ def load_part(folder, name, library, kind):
         raise ValueError(f"weights are missing or of another shape: {wrong}")
     return part
 
-def load_pipeline(model):
-    """The diffusers pipeline of --model, on the CPU. Raises UserError."""
+def find_model(model):
+    """The folder of --model. A hub id is downloaded, if it was not before. Raises UserError."""
+    import diffusers
+    if model in HUB and Path(model).exists():
+        print_once(f"WARNING     --model {model} is {HUB[model]}. For the folder write ./{model}")
+    folder = HUB.get(model, model)
+    with blame(f"--model {model}"):
+        if Path(folder).is_dir():
+            return folder
+        return diffusers.DiffusionPipeline.download(folder, use_safetensors=True,
+                                                    safety_checker=None)
+
+def load_pipeline(model, without=None):
+    """The diffusers pipeline of --model, on the CPU. Raises UserError.
+
+    `without` is a pattern for the names of parts that are left out, such as ENCODERS.
+    """
     import diffusers
     import transformers
     for library in diffusers, transformers:
         library.utils.logging.set_verbosity_error()
-    if model in HUB and Path(model).exists():
-        print_once(f"WARNING     --model {model} is {HUB[model]}. For the folder write ./{model}")
-    folder, parts = HUB.get(model, model), {"safety_checker": None}  # a hub id until downloaded
+    folder, parts = find_model(model), {"safety_checker": None}
     with blame(f"--model {model}"):
-        if not Path(folder).is_dir():
-            folder = diffusers.DiffusionPipeline.download(folder, use_safetensors=True, **parts)
         for name, kind in diffusers.DiffusionPipeline.load_config(folder).items():
-            if kind == [None, None]:
-                parts[name] = None  # the folder has none, as SD3 without its T5
-            elif re.match("unet|transformer|vae|text_encoder", name):
+            if kind == [None, None] or without and re.match(without, name):
+                parts[name] = None  # a folder may have no T5
+            elif re.match(f"unet|transformer|{ENCODERS}", name):
                 with blame(f"--model {model}: {name}"):  # the line names the part that is wrong
                     parts[name] = load_part(folder, name, *kind)
         return diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
@@ -1002,6 +1073,53 @@ def read_schedule(pipe):
     if is_sd3 or "beta_start" not in config or prediction not in ("epsilon", "v_prediction"):
         raise UserError("--model: it should predict epsilon or v with DDPM's noise, or SD3's flow")
     return schedule.alphas_cumprod, prediction
+
+
+def prepare_encoders(pipe, cfg, device):
+    """Freeze the VAE and the text encoders of a pipeline, as far as it has them, and move them."""
+    for name, part in pipe.components.items():
+        if re.match(ENCODERS, name) and part:
+            # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
+            half = cfg.precision == "bf16" and name != "vae"
+            part.to(device, torch.bfloat16 if half else torch.float32).requires_grad_(False)
+    if pipe.vae and cfg.resolution >= 512:
+        pipe.vae.enable_slicing()  # image by image; one of this size fills a GPU
+
+@torch.no_grad()
+def encode_images(pipe, images):
+    """The latents (N, *shape) fp32 of images (N, 3, H, W) uint8."""
+    vae = pipe.vae
+    latents = vae.encode(images / 127.5 - 1).latent_dist.mode()  # the released code samples
+    mean, std = vae.config.shift_factor or 0.0, 1.0  # a shift: SD3's
+    if "XL" in type(pipe).__name__ and vae.config.latents_mean:
+        mean, std = (torch.tensor(each).view(-1, 1, 1).to(latents)
+                     for each in (vae.config.latents_mean, vae.config.latents_std))
+    return (latents - mean) / std * vae.config.scaling_factor  # the pipelines undo this
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts, resolution):
+    """What the network takes besides x_t and t, for B prompts: {name: (B, ...)}."""
+    device = pipe.text_encoder.device
+    is_sd3 = "transformer" in pipe.components
+    others = [None, None] if is_sd3 else []  # SD3's other two encoders get the same prompts
+    prompt, _, *rest = pipe.encode_prompt(
+        prompts, *others, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    if is_sd3:
+        return {"prompt": prompt, "pooled_projections": rest[0]}
+    if not rest:  # SD1.5 has no pooled embedding
+        return {"prompt": prompt}
+    pooled = rest[0]  # SDXL
+    if pipe.config.force_zeros_for_empty_prompt:
+        # Without a prompt, SDXL samples with zeros. (The released code trains with "".)
+        given = torch.tensor([[float(text != "")] for text in prompts])  # (B, 1)
+        given = given.to(prompt, non_blocking=True)
+        prompt, pooled = prompt * given[:, None], pooled * given
+
+    # Every image is declared to be whole and of this size, as in the released code. True sizes and
+    # crops might give the label away.
+    whole = torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).float()
+    time_ids = whole.expand(len(prompts), 6).to(device, non_blocking=True)
+    return {"prompt": prompt, "text_embeds": pooled, "time_ids": time_ids}
 
 
 class Denoiser(nn.Module):
@@ -1031,6 +1149,8 @@ class StableDiffusion:
         self.subfolder = "lora" if cfg.lora else self.part
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
+        if not pipe.vae:
+            self.shape = (pairs or held_out).shape
 
         # Not the ELBO's weight: the released code takes half the MEAN squared error, and its betas
         # of 2000 and 5000 refer to it. So T omega_t is 1 / (2d), for latents of d numbers. On the
@@ -1059,88 +1179,57 @@ class StableDiffusion:
         for module in frozen.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and part:  # SD3's third may be left out
-                part.to(dtype).requires_grad_(False)
-        # The pipelines undo this of latents: SDXL's a mean and a deviation, SD3's a shift.
-        vae = pipe.vae.config
-        mean, std = [vae.shift_factor or 0.0], [1.0]
-        if "XL" in type(pipe).__name__ and vae.latents_mean:
-            mean, std = vae.latents_mean, vae.latents_std
-        self.latent_mean, self.latent_std = (
-            torch.tensor(each, device=device).view(-1, 1, 1) for each in (mean, std))
-        # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
-        pipe.vae.float().requires_grad_(False).enable_slicing()
-        pipe.to(device)
+        prepare_encoders(pipe, cfg, device)
+        network.to(device)
         frozen.to(device)
 
     def add_adapters(self, network):
         """Freeze a network and add LoRA adapters to it. They start at 0 and are trained in fp32."""
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
         network.requires_grad_(False)
         torch.manual_seed(self.cfg.seed)
         network.add_adapter(LoraConfig(
             r=self.cfg.lora, lora_alpha=self.cfg.lora, target_modules=LORA_LAYERS,
             init_lora_weights="gaussian"))  # as in diffusers' examples
+        self.adapters = [part for part in network.modules() if isinstance(part, BaseTunerLayer)]
+        for adapter in self.adapters:
+            adapter.cast_input_dtype_enabled = False  # to fp32: autocast would only cast it back
 
     def content(self):
         """A part of config.json: where model and data come from, and hashes of what they hold."""
-        pipe, parts = self.pipe, self.pipe.components.values()
-        tensors = [each.cpu() for part in parts if isinstance(part, nn.Module)
-                   for each in part.state_dict().values()]
-        found = [(torch.hash_tensor(each).item(), each.flatten()[::1009].tolist())
-                 for each in tensors]  # a hash does not see the order of numbers, nor all signs
-        found += [sorted(part.get_vocab().items()) for part in parts if hasattr(part, "get_vocab")]
-        for config in pipe.config, pipe.scheduler.config, pipe.vae.config:
-            found += [(name, value) for name, value in config.items() if name[0] != "_"]
-        sources = [self.policy.network.config.get("_name_or_path"), self.pairs.source]
-        return {"sources": sources, "content of --model": hash_of(found),
+        folder = Path(self.policy.network.config["_name_or_path"])
+        files = [folder / "model_index.json", *folder.glob("*/*")]
+        return {"sources": [str(folder), self.pairs.source],
+                "content of --model": hash_of_files(files),
                 "content of --data": self.pairs.content()}
 
     def without_adapters(self, x_t, t, **cond):
         """The reference of a LoRA run."""
-        self.policy.network.disable_adapters()
+        self.switch_adapters(False)
         prediction = self.policy(x_t, t, **cond)
-        self.policy.network.enable_adapters()
+        self.switch_adapters(True)
         return prediction
+
+    def switch_adapters(self, on):
+        for adapter in self.adapters:  # diffusers would look for them in all of the network
+            adapter.enable_adapters(on)
 
     @torch.no_grad()
     def encode(self, batch):
-        """x_w, x_l (B, *shape) fp32, and cond {name: (2B, ...)}, of a batch of ImagePairs."""
-        images = batch["images"].transpose(0, 1).flatten(0, 1)  # (2B, 3, H, W)
-        images = images.to(self.weight.device, non_blocking=True) / 127.5 - 1
-        vae = self.pipe.vae
-        latents = vae.encode(images).latent_dist.mode()  # the mean; the released code samples
-        latents = (latents - self.latent_mean) / self.latent_std * vae.config.scaling_factor
-        x_w, x_l = latents.chunk(2)
-        cond = self.encode_prompts(batch["prompt"])
+        """x_w, x_l (B, *shape) fp32, and cond {name: (2B, ...)}, of a batch of open_pairs()."""
+        device = self.weight.device
+        if "latents" in batch:  # encoded ahead
+            latents = batch["latents"].to(device, non_blocking=True)  # (B, 2, *shape)
+            x_w, x_l = latents.unbind(1)
+            cond = {name: value.to(device, non_blocking=True)
+                    for name, value in batch["cond"].items()}
+        else:
+            images = batch["images"].transpose(0, 1).flatten(0, 1)  # (2B, 3, H, W)
+            images = images.to(device, non_blocking=True)
+            x_w, x_l = encode_images(self.pipe, images).chunk(2)
+            cond = encode_prompts(self.pipe, batch["prompt"], self.cfg.resolution)
         return x_w, x_l, {name: torch.cat([value, value]) for name, value in cond.items()}
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts):
-        """What the network takes besides x_t and t, for B prompts: {name: (B, ...)}."""
-        is_sd3 = self.prediction == "flow"
-        others = [None, None] if is_sd3 else []  # SD3's other two encoders get the same prompts
-        prompt, _, *rest = self.pipe.encode_prompt(
-            prompts, *others, device=self.weight.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=False)
-        if is_sd3:
-            return {"prompt": prompt, "pooled_projections": rest[0]}
-        if not rest:  # SD1.5 has no pooled embedding
-            return {"prompt": prompt}
-        pooled = rest[0]  # SDXL
-        if self.pipe.config.force_zeros_for_empty_prompt:
-            # Without a prompt, SDXL samples with zeros. (The released code trains with "".)
-            given = [[float(text != "")] for text in prompts]
-            given = torch.tensor(given).to(prompt)  # (B, 1)
-            prompt, pooled = prompt * given[:, None], pooled * given
-
-        # Every image is declared to be whole and of this size, as in the released code. True sizes
-        # and crops might give the label away.
-        size = float(self.cfg.resolution)
-        whole = [size, size, 0, 0, size, size]
-        time_ids = torch.tensor([whole] * len(prompts)).to(prompt.device)
-        return {"prompt": prompt, "text_embeds": pooled, "time_ids": time_ids}
 
     def save(self, folder):
         """Write what from_pretrained reads, or with --lora what load_lora_weights reads."""
@@ -1331,25 +1420,28 @@ def make_task(cfg, device):
     """What cfg.model names, with its data. Raises UserError."""
     if cfg.model == "toy":
         return Toy(cfg)
-    pairs = ImagePairs(cfg, cfg.split) if cfg.evaluate is None else None
-    held_out = ImagePairs(cfg, cfg.eval_split) if cfg.eval_split else None
+    pairs = open_pairs(cfg, cfg.split) if cfg.evaluate is None else None
+    held_out = open_pairs(cfg, cfg.eval_split) if cfg.eval_split else None
     if pairs and held_out:
         shared = len({*pairs.table["row"]} & {*held_out.table["row"]})
         if shared:
             print_once(f"WARNING     {shared} pairs of --eval-split are in --split, too")
 
-    pipe = load_pipeline(cfg.model)
+    some = pairs or held_out
+    pipe = load_pipeline(cfg.model, ENCODERS if some.encoded else None)
     with blame(f"--model {cfg.model}: it is not built like SD1.5, SDXL or SD3.5"):
         task = StableDiffusion(cfg, device, pipe, pairs, held_out)
         with torch.no_grad():  # a first pass shows whether all parts fit together
-            batch_errors(task, default_collate([blank_pair(cfg, 0, 0)]), 1, 0)
+            blank = some.blank() | {"epoch": 0, "row": 0}
+            batch_errors(task, default_collate([blank]), 1, 0)
     return task
 
 def main(argv=None):
     cfg = parse(argv)
+    device = start_processes(torch.cuda.is_available() and cfg.model != "toy", cfg.precision)
     if cfg.evaluate is None:
-        check_out(cfg)  # before a model is loaded; Run checks again, with its content
-    task = make_task(cfg, start_processes(torch.cuda.is_available() and cfg.model != "toy"))
+        from_main(check_out, cfg)  # before a model is loaded; Run checks again, with its content
+    task = make_task(cfg, device)
     if cfg.evaluate is None:
         rows = train(task, cfg)
         if cfg.model == "toy" and is_main():
@@ -1365,9 +1457,10 @@ def run_command(main):
         main()
         gather(None)  # wait: gloo aborts if one process leaves while another is still at work
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        code = 2  # all processes have the same UserError, so one prints it; other errors may differ
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
-            print(f"\nerror: {one_line(error)}", file=sys.stderr)
+        code = 2
+        if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, UserError):
+            time.sleep(3)  # most are found by all; then process 0 says it, and torchrun ends this
+        print(f"\nerror: {one_line(error)}", file=sys.stderr)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = getattr(stopped, "code", 130) or 0
     except Exception:

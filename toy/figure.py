@@ -54,11 +54,25 @@ def make_sheet(task, path):
     prompts = dict.fromkeys(prompt or "" for prompt in task.pairs.table["prompt"][:200])
     jobs = [(prompt, task.cfg.seed) for prompt in prompts][:12 if task.cfg.resolution <= 64 else 4]
     images = []
-    for first in range(0, len(jobs), task.cfg.micro_batch):
-        part = jobs[first:first + task.cfg.micro_batch]
-        sides = [sample_images(task, side, part) for side in ("reference", "policy")]
-        images += [image for pair in zip(*sides, strict=True) for image in pair]
+    with all_parts(task):
+        for first in range(0, len(jobs), task.cfg.micro_batch):
+            part = jobs[first:first + task.cfg.micro_batch]
+            sides = [sample_images(task, side, part) for side in ("reference", "policy")]
+            images += [image for pair in zip(*sides, strict=True) for image in pair]
     make_image_grid(images, len(jobs), 2).save(path)
+
+
+@contextmanager
+def all_parts(task):
+    """Within it, task.pipe has its VAE and text encoders, even if the data were encoded ahead."""
+    before = task.pipe
+    if not before.vae:
+        task.pipe = dpo.load_pipeline(task.cfg.model, without="unet|transformer")
+        dpo.prepare_encoders(task.pipe, task.cfg, task.weight.device)
+    try:
+        yield
+    finally:
+        task.pipe = before
 
 
 def sample_images(task, side, jobs):

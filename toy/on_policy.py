@@ -163,11 +163,10 @@ class OnPolicyImages(dpo.StableDiffusion):
         self.step_unit = 1 / math.prod(self.shape)
 
     def conditions(self, batch):
-        prompts = list(batch["prompt"])
-        conds = [self.encode_prompts(prompts)]
+        prompts = [list(batch["prompt"])]
         if self.cfg.guidance > 1:
-            conds.insert(0, self.encode_prompts([""] * len(prompts)))
-        return conds
+            prompts.insert(0, [""] * len(prompts[0]))
+        return [dpo.encode_prompts(self.pipe, each, self.cfg.resolution) for each in prompts]
 
     @torch.no_grad()
     def score(self, x_0, batch):
@@ -191,7 +190,7 @@ def make_task(cfg, device, scorer=None):
     if cfg.data.endswith(".txt"):
         prompts = judge.read_prompts("--data", cfg.data)
     else:
-        pairs = dpo.ImagePairs(cfg, cfg.split)
+        pairs = dpo.open_pairs(cfg, cfg.split)
         prompts = [prompt or "" for prompt in pairs.table["prompt"]]
     return OnPolicyImages(cfg, device, prompts, scorer or judge.load_scorer(cfg.scorer, device))
 

@@ -122,7 +122,8 @@ class OfEncodedPairs:
 
     def encode(self, batch):
         if not hasattr(self, "texts"):  # each text is encoded once
-            self.texts = self.encode_prompts([*faces.CAPTIONS, ""])["prompt"]
+            texts = [*faces.CAPTIONS, ""]
+            self.texts = dpo.encode_prompts(self.pipe, texts, faces.SIDE)["prompt"]
         texts = self.texts[batch["caption"]]
         return batch["x_w"], batch["x_l"], {"prompt": torch.cat([texts, texts])}
 

@@ -349,7 +349,7 @@ def test_labels_are_the_scorers(tmp_path, capfd, redness, by):
         ("0", 1), ("1", 1), ("2", 0), ("5", 0), ("6", 0)]
     assert "2 of 4" in capfd.readouterr().out  # pairs that people and scorer decided
     assert [*out.parent.iterdir()] == [out]
-    pairs = dpo.ImagePairs(dpo.parse(f"--model sd15 --data {out}".split()), "train")
+    pairs = dpo.open_pairs(dpo.parse(f"--model sd15 --data {out}".split()), "train")
     preferred = [pairs[dpo.HELD_OUT, row]["images"][0, :, 9, 9].tolist() for row in range(5)]
     assert preferred == [[255, 0, 0]] * 5
 

@@ -213,8 +213,8 @@ def test_conditions_and_scores_of_images(tiny):
     task = on_policy.make_task(on_policy.parse(line.split()), torch.device("cpu"), scorer)
     batch = {"prompt": ["a hen", task.pairs[5, 2]["prompt"]]}
     empty, cond = task.conditions(batch)
-    assert same(empty, task.encode_prompts(["", ""]))
-    assert same(cond, task.encode_prompts(batch["prompt"]))
+    assert same(empty, dpo.encode_prompts(task.pipe, ["", ""], 64))
+    assert same(cond, dpo.encode_prompts(task.pipe, batch["prompt"], 64))
 
     x_0 = torch.randn(2, 3, *task.shape, generator=dpo.seeded_generator("test"))
     assert task.score(x_0, batch).tolist() == [[0, 1, 2], [3, 4, 5]]
