@@ -205,18 +205,18 @@ def autocast(task):
     """Inside it, --precision bf16 computes in bf16. Trained weights stay fp32."""
     return torch.autocast(task.weight.device.type, torch.bfloat16, task.cfg.precision == "bf16")
 
-def batch_errors(task, batch, draws, seed, at_once=None):
+def batch_errors(task, batch, draws, seed):
     """pair_errors of a batch as the DataLoader makes it, with the noise of its pairs.
 
-    at_once, a divisor of draws, is the number of draws in one forward pass, by default all.
+    A forward pass takes no more draws of a pair than in training, so it needs no more memory.
     """
     x_w, x_l, cond = task.encode(batch)
     keys = zip(batch["epoch"].tolist(), batch["row"].tolist(), strict=True)
     noise = [draw_noise(seed, epoch, row, draws, len(task.weight), task.shape)
              for epoch, row in keys]  # B tuples: t (K,), eps (K, *shape)
-    t, eps = (torch.stack(each).to(x_w.device, non_blocking=True)
-              for each in zip(*noise, strict=True))
-    parts = zip(t.split(at_once or draws, 1), eps.split(at_once or draws, 1), strict=True)
+    t, eps = (each.to(x_w.device, non_blocking=True) for each in default_collate(noise))
+    at_once = math.gcd(draws, task.cfg.draws)  # so that the parts are equal
+    parts = zip(t.split(at_once, 1), eps.split(at_once, 1), strict=True)
     with autocast(task):
         errors = [pair_errors(task, x_w, x_l, *part, cond) for part in parts]
     return [torch.stack(means).mean(0) for means in zip(*errors, strict=True)]
@@ -454,18 +454,17 @@ def gather(value):
         dist.all_gather_object(values, value)
     return values
 
-def from_main(function, *inputs):
-    """function(*inputs), called by process 0 alone. All get what it returns, or its UserError."""
-    outcome = None
+def from_main(check, *inputs):
+    """check(*inputs), called by process 0 alone. All processes raise its UserError."""
+    error = None
     if is_main():
         try:
-            outcome = function(*inputs)
-        except UserError as error:
-            outcome = error
-    outcome = gather(outcome)[0]
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+            check(*inputs)
+        except UserError as found:
+            error = found
+    error = gather(error)[0]
+    if error:
+        raise error
 
 def start_processes(use_gpu, precision="fp32"):
     """Join the other processes if torchrun started this one. Returns the device of this process.
@@ -532,18 +531,18 @@ def hash_of(value):
 def hash_of_files(files):
     """A hash of the names and contents of files, whatever their folder and their order."""
     found = []
-    for file in sorted(file for file in files if file.is_file()):
+    for file in sorted(filter(Path.is_file, files)):
         with open(file, "rb") as opened:
             found.append((file.name, hashlib.file_digest(opened, "sha256").hexdigest()))
     return hash_of(found)
 
 @contextmanager
 def atomic_write(path):
-    """Yield a path to write a file or folder at. Rename it to `path` at the end. Raises OSError."""
+    """Yield a path to write a file or folder at, and rename it in the end. Raises UserError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # if an earlier process died while it wrote
-    try:
+    with blame(f"{path}"):  # torch and safetensors have errors of their own for a full disk
         yield partial
         for file in [partial, *partial.rglob("*")]:  # onto the disk, before the name changes
             descriptor = os.open(file, os.O_RDONLY)
@@ -551,8 +550,6 @@ def atomic_write(path):
             os.close(descriptor)
         shutil.rmtree(path, ignore_errors=True)  # if it is a folder
         partial.replace(path)
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise OSError(f"{path}: {one_line(error)}") from error
 
 def write_json(path, content):
     with atomic_write(path) as partial:
@@ -560,7 +557,7 @@ def write_json(path, content):
 
 def save_checkpoint(out, task, optimizer, step):
     """Write out/checkpoint-STEP, and keep only the two that were written last."""
-    if is_main() and step > 0:
+    if is_main():
         with atomic_write(out / f"checkpoint-{step:08d}") as folder:
             task.save(folder / task.subfolder)
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
@@ -573,19 +570,18 @@ def save_checkpoint(out, task, optimizer, step):
 def load_checkpoint(out, task, optimizer):
     """Load the newest whole checkpoint. Returns its step, 0 if there is none. Raises UserError."""
     found = sorted(out.glob("checkpoint-[0-9]*"), reverse=True)
-    step, folders = 0, gather(found)[0]  # a shared disk may show them late to other processes
+    folders = gather(found)[0]  # a shared disk may show them late to other processes
     for folder in folders:
         try:
             saved = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)
             task.load(folder / task.subfolder)
             optimizer.load_state_dict(saved)
-            step = int(folder.name.removeprefix("checkpoint-"))
-            break
+            return int(folder.name.removeprefix("checkpoint-"))
         except Exception as error:  # a torn file raises anything
             print_once(f"WARNING     {folder} is passed over: {one_line(error)}")
-    if folders and step == 0:
+    if folders:
         raise UserError(f"--out {out}: none of its checkpoints can be read")
-    return step
+    return 0
 
 
 class Run:
@@ -634,7 +630,7 @@ class Run:
 
     def check_processes(self):
         """Raise UserError unless all processes have the same step, data, model and weights."""
-        hashes = [value for name, value in self.content.items() if name != "sources"]
+        hashes = self.content | {"sources": None}  # their paths may differ
         weights = [p.flatten()[0].item() for p in self.task.policy.parameters()]
         here = [self.first_step, hashes, weights]
         if any(there != here for there in gather(here)):
@@ -644,7 +640,8 @@ class Run:
     def read_rows(self):
         """Keep the rows of metrics.jsonl for the steps done before. Later ones are redone."""
         path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        path.touch()
+        lines = path.read_text().splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
         self.rows = [row for row in rows if row["step"] < self.first_step]
         with atomic_write(path) as partial:
@@ -742,14 +739,12 @@ def evaluate(task):
     cfg, n = task.cfg, len(task.held_out)
     rank, world = rank_and_world()
     keys = [(HELD_OUT, row) for row in range(rank, n, world)]
-    # A forward pass takes no more x_t than in training, so it needs no more memory.
-    at_once = max(draws for draws in (1, 2, 5, EVAL_DRAWS) if draws <= cfg.draws)
-    size = cfg.micro_batch * cfg.draws // at_once
+    size = cfg.micro_batch * max(1, cfg.draws // EVAL_DRAWS)  # no more x_t than in training
     batches = load_batches(task.held_out, BatchSampler(keys, size, drop_last=False), cfg)
 
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     for batch in tqdm(batches, "evaluate", ncols=99, leave=False, disable=rank > 0):
-        errors = batch_errors(task, batch, EVAL_DRAWS, "held out", at_once)
+        errors = batch_errors(task, batch, EVAL_DRAWS, "held out")
         losses, logit = dpo_loss(*errors, cfg.beta, cfg.gamma)
         sums += metric_sums(batch, losses, logit, errors).double().cpu()
     all_reduce(sums)
@@ -839,8 +834,7 @@ def load_table(data, split):
     if kinds in ([".json"], [".jsonl"]):
         return read_json(files[0])
     if set(kinds) != {".parquet"}:
-        names = [str(file) for file in files]
-        raise ValueError(f"split {split} is {names}; it should be .parquet, or one .json or .jsonl")
+        raise ValueError(f"split {split} is {kinds}; it should be .parquet, or one .json or .jsonl")
 
     # datasets copies the files once, and later finds its copy by their paths and dates. A program
     # can set dates. So we name the copy by the sizes and by the ctimes, which no program can set.
@@ -876,12 +870,9 @@ def load_pairs(data, split):
         labels = table[label][:] if label else [1] * len(captions)
         for value in set(labels) - {0, 0.5, 1, None}:
             raise ValueError(f"{label} holds {value!r}; it should be 0, 0.5 or 1")
-        if label and "label_1" in names:  # one should be 1 and the other 0
-            both = zip(labels, table["label_1"], strict=True)
-            labels = [a if {a, b} == {0, 1} else None for a, b in both]
-        if label and "has_label" in names:
-            both = zip(labels, table["has_label"], strict=True)
-            labels = [a if has_label else None for a, has_label in both]
+        if label and {"label_1", "has_label"} <= set(names):  # one label is 1, the other 0
+            marks = zip(labels, table["label_1"], table["has_label"], strict=True)
+            labels = [a if has_label and {a, b} == {0, 1} else None for a, b, has_label in marks]
 
         if isinstance(table, dict):
             table = datasets.Dataset.from_dict({name: table[name] for name in columns})
@@ -1085,18 +1076,13 @@ def prepare_encoders(pipe, cfg, device):
     if pipe.vae and cfg.resolution >= 512:
         pipe.vae.enable_slicing()  # image by image; one of this size fills a GPU
 
-@torch.no_grad()
 def encode_images(pipe, images):
     """The latents (N, *shape) fp32 of images (N, 3, H, W) uint8."""
     vae = pipe.vae
     latents = vae.encode(images / 127.5 - 1).latent_dist.mode()  # the released code samples
-    mean, std = vae.config.shift_factor or 0.0, 1.0  # a shift: SD3's
-    if "XL" in type(pipe).__name__ and vae.config.latents_mean:
-        mean, std = (torch.tensor(each).view(-1, 1, 1).to(latents)
-                     for each in (vae.config.latents_mean, vae.config.latents_std))
-    return (latents - mean) / std * vae.config.scaling_factor  # the pipelines undo this
+    shift = vae.config.shift_factor or 0.0  # SD3's
+    return (latents - shift) * vae.config.scaling_factor  # the pipelines undo this
 
-@torch.no_grad()
 def encode_prompts(pipe, prompts, resolution):
     """What the network takes besides x_t and t, for B prompts: {name: (B, ...)}."""
     device = pipe.text_encoder.device
@@ -1111,14 +1097,14 @@ def encode_prompts(pipe, prompts, resolution):
     pooled = rest[0]  # SDXL
     if pipe.config.force_zeros_for_empty_prompt:
         # Without a prompt, SDXL samples with zeros. (The released code trains with "".)
-        given = torch.tensor([[float(text != "")] for text in prompts])  # (B, 1)
-        given = given.to(prompt, non_blocking=True)
-        prompt, pooled = prompt * given[:, None], pooled * given
+        for number, text in enumerate(prompts):
+            if text == "":
+                prompt[number], pooled[number] = 0, 0
 
     # Every image is declared to be whole and of this size, as in the released code. True sizes and
     # crops might give the label away.
-    whole = torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).float()
-    time_ids = whole.expand(len(prompts), 6).to(device, non_blocking=True)
+    time_ids = torch.full((len(prompts), 6), float(resolution), device=device)
+    time_ids[:, 2:4] = 0  # the upper left corner of the crop
     return {"prompt": prompt, "text_embeds": pooled, "time_ids": time_ids}
 
 
@@ -1175,10 +1161,10 @@ class StableDiffusion:
 
         # Frozen weights are rounded to bf16 once, instead of at every use. Trained weights stay in
         # fp32: near 0.02, neighbours in bf16 are 1.2e-4 apart, so a step of 2e-5 would be lost.
-        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        for module in frozen.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
-                module.to(dtype)
+        if cfg.precision == "bf16":
+            for module in frozen.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+                    module.bfloat16()
         prepare_encoders(pipe, cfg, device)
         network.to(device)
         frozen.to(device)
@@ -1206,30 +1192,27 @@ class StableDiffusion:
 
     def without_adapters(self, x_t, t, **cond):
         """The reference of a LoRA run."""
-        self.switch_adapters(False)
-        prediction = self.policy(x_t, t, **cond)
-        self.switch_adapters(True)
-        return prediction
-
-    def switch_adapters(self, on):
         for adapter in self.adapters:  # diffusers would look for them in all of the network
-            adapter.enable_adapters(on)
+            adapter.enable_adapters(False)
+        prediction = self.policy(x_t, t, **cond)
+        for adapter in self.adapters:
+            adapter.enable_adapters(True)
+        return prediction
 
     @torch.no_grad()
     def encode(self, batch):
         """x_w, x_l (B, *shape) fp32, and cond {name: (2B, ...)}, of a batch of open_pairs()."""
         device = self.weight.device
         if "latents" in batch:  # encoded ahead
-            latents = batch["latents"].to(device, non_blocking=True)  # (B, 2, *shape)
-            x_w, x_l = latents.unbind(1)
-            cond = {name: value.to(device, non_blocking=True)
-                    for name, value in batch["cond"].items()}
+            latents, cond = batch["latents"].to(device, non_blocking=True), batch["cond"]
         else:
-            images = batch["images"].transpose(0, 1).flatten(0, 1)  # (2B, 3, H, W)
-            images = images.to(device, non_blocking=True)
-            x_w, x_l = encode_images(self.pipe, images).chunk(2)
+            images = batch["images"].flatten(0, 1)  # (2B, 3, H, W)
+            latents = encode_images(self.pipe, images.to(device, non_blocking=True))
+            latents = latents.unflatten(0, (-1, 2))
             cond = encode_prompts(self.pipe, batch["prompt"], self.cfg.resolution)
-        return x_w, x_l, {name: torch.cat([value, value]) for name, value in cond.items()}
+        x_w, x_l = latents.unbind(1)  # of (B, 2, *shape)
+        return x_w, x_l, {name: torch.cat([value.to(device, non_blocking=True)] * 2)
+                          for name, value in cond.items()}
 
     def save(self, folder):
         """Write what from_pretrained reads, or with --lora what load_lora_weights reads."""
@@ -1400,10 +1383,9 @@ def check_flags(cfg):
 def check_out(cfg, content=()):
     """Raise UserError unless --out is new or empty, or holds this run. content: task.content()."""
     out = Path(cfg.out)
-    folder, model = out.resolve(), Path(cfg.model).resolve()
-    nested = folder.is_relative_to(model) or model.is_relative_to(folder)
-    if nested and (model / "model_index.json").exists():
-        raise UserError(f"--out {out}: it holds --model, or lies in it; name another folder")
+    model = Path(cfg.model).resolve()
+    if out.resolve().is_relative_to(model) and (model / "model_index.json").exists():
+        raise UserError(f"--out {out}: it lies in --model; name another folder")
     if not any(out.glob("[!.]*")):  # hidden files, such as .lock, do not count
         return
     with blame(f"--out {out}: it holds files but no run; name a new folder"):

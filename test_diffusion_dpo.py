@@ -837,18 +837,13 @@ def test_other_files_of_a_model(tiny, tmp_path):
         dpo.load_pipeline(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind, scale, undone", [("sdxl", 0.13025, 1), ("sd15", 0.18215, 0)])
-def test_latents_are_those_that_the_pipeline_decodes(tiny, kind, scale, undone):
-    """SDXL's pipeline undoes the mean and the deviation that a VAE has for its latents. SD1.5's
-    does not."""
-    of_vae = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 3.0, 4.0, 5.0]}
-    make_tiny.make_model(tiny / "latents", kind, vae=make_tiny.TINY[kind]["vae"] | of_vae)
-    task = sd_task(tiny, "latents")
+def test_latents_are_those_that_the_pipeline_decodes(tiny):
+    """The images of a pair are encoded by the VAE, to the mean of its Gaussian, and scaled."""
+    task = sd_task(tiny, "tiny-sd15")
     batch = batch_of_pairs(task, (0, 5))
-    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in of_vae.values())
-    decoded = task.encode(batch)[0] * std**undone / scale + mean * undone
-    encoded = task.pipe.vae.encode(batch["images"][0, :1] / 127.5 - 1)
-    assert torch.allclose(decoded, encoded.latent_dist.mean, atol=1e-5)
+    for side, latents in enumerate(task.encode(batch)[:2]):
+        encoded = task.pipe.vae.encode(batch["images"][:, side] / 127.5 - 1)
+        assert torch.allclose(latents / 0.18215, encoded.latent_dist.mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("part, scheduler", [
@@ -1022,9 +1017,9 @@ QUICK = ("import diffusion_dpo as dpo, toy.distance; toy.distance.report_toy = p
          " dpo.run_command(dpo.main)")
 
 
-def torchrun(flags, restarts):
+def torchrun(flags, restarts, where="--standalone --nproc_per_node=2"):
     """The script in 2 processes, which are started again after a failure."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+    words = [sys.executable, "-m", "torch.distributed.run", *where.split(),
              f"--max-restarts={restarts}", "--no-python", sys.executable, "-c", QUICK]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return psutil.Popen([*words, *flags.split()], env=env)
@@ -1217,6 +1212,19 @@ def test_two_processes_killed_and_restarted_are_one(long, out, times):
     same_rows(metrics(out), long[0], rel=1e-2)
 
 
+@pytest.mark.slow
+def test_two_machines_are_one(long, out):
+    """Two launchers, as on two machines with a shared disk, make the run of one process."""
+    port = random.randint(20_000, 30_000)
+    where = f"--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:{port}"
+    line = f"{TOY} {LONG} --micro-batch 2 --out {out}"
+    launchers = [torchrun(line, 0, where) for _ in range(2)]
+    assert [each.wait(120) for each in launchers] == [0, 0]
+
+    assert same(weights(out), long[1], rtol=1e-2, atol=1e-4)
+    same_rows(metrics(out), long[0], rel=1e-2)
+
+
 def same_rows(rows, others, rel=0):
     """Do the rows of two runs agree, up to rounding, or else to the last bit?"""
     for row, other in zip(rows, others, strict=True):
@@ -1261,10 +1269,8 @@ def test_processes_that_disagree_are_refused(out, monkeypatch, place):
 
 
 def test_the_first_process_decides(monkeypatch):
-    """The others take its result, or its UserError, and look at nothing themselves."""
+    """The others take its UserError, and check nothing themselves."""
     monkeypatch.setattr(dpo, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(dpo, "gather", lambda mine: ["there", mine])
-    assert dpo.from_main(sys.exit) == "there"
     monkeypatch.setattr(dpo, "gather", lambda mine: [dpo.UserError("there"), mine])
     with pytest.raises(dpo.UserError, match="there"):
         dpo.from_main(sys.exit)
@@ -1644,8 +1650,8 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --steps 1 --batch 1 --data {wrong
     ("--toy --out {wrong}/file.txt", "{wrong}/file.txt"),
     ("--toy --out {wrong}", "--out {wrong}"),
     ("--toy --out {wrong}/new/..", "--out {wrong}"),
-    ("--model {tiny}/tiny-sd15/../tiny-sd15 --out {tiny}/tiny-sd15/new", "tiny-sd15/new: it holds"),
-    ("--model {tiny}/tiny-sd15 --out {tiny}/tiny-sd15/..", "--out {tiny}: it holds --model"),
+    ("--model {tiny}/tiny-sd15/../tiny-sd15 --out {tiny}/tiny-sd15/new", "sd15/new: it lies in"),
+    ("--model {tiny}/tiny-sd15 --out {tiny}/tiny-sd15/..", "--out {tiny}: it holds files"),
     ("--toy --out {wrong}/strange", "--out {wrong}/strange"),
     ("--toy --evaluate {wrong}/torn", "{wrong}/torn"),
     ("--toy --evaluate {tiny}/tiny-sd15/unet", "{tiny}/tiny-sd15/unet"),
@@ -1752,8 +1758,8 @@ def test_the_file_stays_small():
     path = ROOT / "diffusion_dpo.py"
     lines = path.read_text().splitlines()
     tokens, functions = measure(path)
-    assert len(lines) <= 1480
-    assert sum(tokens) <= 10_520 and sum(tokens) / len(tokens) <= 10.8
+    assert len(lines) <= 1460
+    assert sum(tokens) <= 10_260 and sum(tokens) / len(tokens) <= 10.8
     assert tokens[int(0.9 * len(tokens))] <= 21
     assert len(FLAGS) + 1 <= 30  # --toy
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
@@ -1765,4 +1771,4 @@ def test_the_tests_stay_small():
     toy = ROOT / "toy"
     paths = [ROOT / "test_diffusion_dpo.py", toy / "conftest.py", *toy.glob("test_*.py")]
     tokens = [count for path in paths for count in measure(path)[0]]
-    assert sum(tokens) <= 28_500 and sum(tokens) / len(tokens) <= 12.5
+    assert sum(tokens) <= 28_850 and sum(tokens) / len(tokens) <= 12.5
