@@ -4,9 +4,11 @@
     torchrun --nproc_per_node 8 toy/encode.py --model sdxl --split train --out encoded/sdxl
     python diffusion_dpo.py --model sdxl --data encoded/sdxl ...         # trains on it
 
-The flags are those of diffusion_dpo.py; of them --model, --data, --split, --resolution and
---precision count. Images are shown as held-out pairs are: the centre of each, never flipped. So
-training on the folder has no random crops and flips. Captions are dropped as before.
+The flags are those of diffusion_dpo.py. Of them --model, --data, --split, --resolution and
+--precision say what is made, and --micro-batch and --workers how fast.
+
+Images are shown as held-out pairs are: the centre of each, never flipped. So training on the folder
+has no random crops and flips. Captions are dropped as before.
 
 After a kill the same command goes on. Several splits may go into one folder, one after the other.
 The files of a split "train" are described in toy/tools.md.
@@ -277,7 +279,11 @@ def encode(cfg, device):
 
 
 def main(argv=None):
-    cfg = dpo.parse(argv, Config)
+    flags = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*flags}:
+        print(__doc__)
+        return
+    cfg = dpo.parse(flags, Config)
     if cfg.model == "toy":
         raise dpo.UserError("--toy: it has no images; name a --model")
     cfg.out = cfg.out.replace("MODEL", Path(cfg.model).resolve().name)

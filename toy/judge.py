@@ -331,6 +331,8 @@ def label(args):
     if out.exists() or out.suffix != ".parquet":
         raise dpo.UserError(f"--out {out}: it should be a new file whose name ends in .parquet")
     table = dpo.load_pairs(args.data, args.split)
+    if table.features["first"].dtype == "string":
+        raise dpo.UserError(f"--data {args.data}: it is encoded; scorers need the images")
     people = table["label"][:]
     device = dpo.start_processes(torch.cuda.is_available())
     folder = out.with_name(f".{out.name}.scores")
