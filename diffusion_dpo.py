@@ -129,7 +129,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
 #   alphas_cumprod, weight, shape     (T,), (T,), and the shape of one x_0
 #   pairs, held_out          pairs[epoch, row]: crop, flip and noise of a pair depend on both
 #   encode(batch)            returns x_w, x_l (B, *shape), and cond, a dict of tensors (2B, ...)
-#   content()                a dict of hashes; a run is resumed only if they have not changed
+#   content()                a dict with hashes; a run is resumed only if they have not changed
 #   cfg, subfolder, save(folder), load(folder)   for part 5, which writes checkpoints
 
 def elbo_weight(alphas_cumprod):
@@ -206,9 +206,10 @@ def autocast(task):
     return torch.autocast(task.weight.device.type, torch.bfloat16, task.cfg.precision == "bf16")
 
 def batch_errors(task, batch, draws, seed):
-    """pair_errors of a batch as the DataLoader makes it, with the noise of its pairs.
+    """The four errors (B,) of a batch from the DataLoader, each pair with noise of its own.
 
-    A forward pass takes no more draws of a pair than in training, so it needs no more memory.
+    If there are more draws than in training, they take several forward passes. So evaluate() needs
+    no more memory than training.
     """
     x_w, x_l, cond = task.encode(batch)
     keys = zip(batch["epoch"].tolist(), batch["row"].tolist(), strict=True)
@@ -486,7 +487,7 @@ def start_processes(use_gpu, precision="fp32"):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
                                 rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))  # long enough for slow pictures
+                                timeout=timedelta(hours=1))  # others wait for a picture that long
     return device
 
 def ignore_signals(worker):
@@ -548,7 +549,7 @@ def atomic_write(path):
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        shutil.rmtree(path, ignore_errors=True)  # if it is a folder
+        shutil.rmtree(path, ignore_errors=True)  # a folder must go first; a file is replaced
         partial.replace(path)
 
 def write_json(path, content):
@@ -568,7 +569,10 @@ def save_checkpoint(out, task, optimizer, step):
     gather(None)  # the others wait here
 
 def load_checkpoint(out, task, optimizer):
-    """Load the newest whole checkpoint. Returns its step, 0 if there is none. Raises UserError."""
+    """Load the whole checkpoint of the highest step, and return that step.
+
+    Without any checkpoint it returns 0. Raises UserError if none can be read.
+    """
     found = sorted(out.glob("checkpoint-[0-9]*"), reverse=True)
     folders = gather(found)[0]  # a shared disk may show them late to other processes
     for folder in folders:
@@ -630,8 +634,8 @@ class Run:
 
     def check_processes(self):
         """Raise UserError unless all processes have the same step, data, model and weights."""
-        hashes = self.content | {"sources": None}  # their paths may differ
-        weights = [p.flatten()[0].item() for p in self.task.policy.parameters()]
+        hashes = self.content | {"sources": None}  # machines may have the files in other places
+        weights = [p.flatten()[0].item() for p in self.task.policy.parameters()]  # a number of each
         here = [self.first_step, hashes, weights]
         if any(there != here for there in gather(here)):
             raise UserError(f"--out {self.out}: all processes should share it, as one folder on one"
@@ -732,7 +736,7 @@ EVAL_DRAWS = 10  # draws of (t, eps) per held-out pair (paper, section 5.5)
 
 @torch.no_grad()
 def evaluate(task):
-    """The metrics of the loop on task.held_out. All policies meet the same noise.
+    """The metrics of the loop on task.held_out. The noise is the same for every policy.
 
     reward_accuracy is how good a judge the policy is (paper, section 5.5 and Tab. 2).
     """
@@ -851,7 +855,8 @@ def load_pairs(data, split):
 
     first and second are images, as image_bytes takes them. A label is 1 if the first is preferred,
     0 if the second is, and 0.5 or None if neither is. row is the place in the whole split, such as
-    "7 of train". Of a set encoded ahead, first and second are files. Raises UserError.
+    "7 of train". In a set encoded ahead, first and second name the files of the pair's latents and
+    of the prompt's embeddings. Raises UserError.
     """
     import datasets
     with blame(f"--data {data}"):
@@ -934,7 +939,7 @@ class ImagePairs:
         if not decided:
             raise UserError(f"--data {cfg.data}: no pair of split {split} has a preference")
         self.cfg, self.root, self.table = cfg, root_of(cfg.data), whole.select(decided)
-        self.source = whole.cache_files  # of a hub id, the files' paths name the revision
+        self.source = whole.cache_files  # if it is from the hub, their paths name the revision
         print_once(f"data        {cfg.data}, {split}: {len(self):,} pairs;"
                    f" {len(whole) - len(self):,} ties or unlabelled ones dropped")
 
@@ -963,7 +968,10 @@ class ImagePairs:
         return {"images": torch.zeros(2, 3, size, size, dtype=torch.uint8), "prompt": ""}
 
     def __getitem__(self, key):
-        """What read() returns. An unreadable pair is reported, blanked, and not trained on."""
+        """What read() returns, with epoch and row. An unreadable pair is reported and is blank().
+
+        "unreadable" is then 1, and training leaves the pair out.
+        """
         epoch, row = key
         item = self.table[row]
 
@@ -1070,11 +1078,11 @@ def prepare_encoders(pipe, cfg, device):
     """Freeze the VAE and the text encoders of a pipeline, as far as it has them, and move them."""
     for name, part in pipe.components.items():
         if re.match(ENCODERS, name) and part:
-            # SDXL's VAE overflows in half precision. (The released launcher takes another VAE.)
+            # Only the VAE stays in fp32: SDXL's overflows in fp16, and bf16 would round latents.
             half = cfg.precision == "bf16" and name != "vae"
             part.to(device, torch.bfloat16 if half else torch.float32).requires_grad_(False)
     if pipe.vae and cfg.resolution >= 512:
-        pipe.vae.enable_slicing()  # image by image; one of this size fills a GPU
+        pipe.vae.enable_slicing()  # image by image: one of this size keeps a GPU busy
 
 def encode_images(pipe, images):
     """The latents (N, *shape) fp32 of images (N, 3, H, W) uint8."""
@@ -1135,7 +1143,7 @@ class StableDiffusion:
         self.subfolder = "lora" if cfg.lora else self.part
         side = cfg.resolution // pipe.vae_scale_factor
         self.shape = network.config.in_channels, side, side
-        if not pipe.vae:
+        if not pipe.vae:  # then vae_scale_factor is only a guess, and the data tell the shape
             self.shape = (pairs or held_out).shape
 
         # Not the ELBO's weight: the released code takes half the MEAN squared error, and its betas

@@ -40,6 +40,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from peft import get_peft_model_state_dict
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import distributions
@@ -935,15 +936,22 @@ def test_lora_run(tiny, tmp_path, kind, precision, layers):
     assert not torch.allclose(prediction, reference, atol=1e-3)
 
 
-def test_readme_makes_kohyas_file(tiny, tmp_path, monkeypatch):
-    """README's lines write adapters with kohya's names, and an alpha for each layer."""
+def test_the_recipe_makes_kohyas_file(tiny, tmp_path, monkeypatch):
+    """Its lines write adapters with kohya's names, which diffusers reads as the same adapters."""
     monkeypatch.chdir(tmp_path)
-    sd_task(tiny, "tiny-sdxl", "--lora 2 --lr 1").save(Path("runs/sdxl/lora"))
-    lines = re.findall(r"^    ((?:from|lora|save).*)", (ROOT / "README.md").read_text(), re.M)
+    task = sd_task(tiny, "tiny-sdxl", "--lora 2 --lr 1")
+    task.save(Path("runs/mine/lora"))
+    text = (ROOT / "toy/recipe.md").read_text()
+    lines = re.findall(r"^    ((?:from diffusers.utils|from safetensors|lora =|save_file).*)", text,
+                       re.M)
     exec("\n".join(lines), {})
-    names = load_file("kohya.safetensors").keys()
+    names = load_file("runs/mine/mine.safetensors").keys()
     assert all(name.startswith("lora_unet_") for name in names)
     assert sum(name.endswith(".alpha") for name in names) == 64
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / "tiny-sdxl")
+    pipe.load_lora_weights("runs/mine", weight_name="mine.safetensors")
+    layers = get_peft_model_state_dict(pipe.unet, adapter_name="default_0")
+    assert same(layers, get_peft_model_state_dict(task.policy.network))
 
 
 def test_adapters_start_by_the_seed(tiny):
@@ -1758,7 +1766,7 @@ def test_the_file_stays_small():
     path = ROOT / "diffusion_dpo.py"
     lines = path.read_text().splitlines()
     tokens, functions = measure(path)
-    assert len(lines) <= 1460
+    assert len(lines) <= 1470
     assert sum(tokens) <= 10_260 and sum(tokens) / len(tokens) <= 10.8
     assert tokens[int(0.9 * len(tokens))] <= 21
     assert len(FLAGS) + 1 <= 30  # --toy

@@ -1,14 +1,14 @@
 """Encode a preference set once, so that training needs neither the VAE nor the text encoders.
 
-    python toy/encode.py --model sdxl --data mine/pairs.jsonl            # makes encoded/sdxl/
-    torchrun --nproc_per_node 8 toy/encode.py --model sdxl --split train --out encoded/sdxl
-    python diffusion_dpo.py --model sdxl --data encoded/sdxl ...         # trains on it
+    python toy/encode.py --model sdxl --data mine/pairs.jsonl --out encoded/mine
+    python diffusion_dpo.py --model sdxl --data encoded/mine ...    # trains on it
+    torchrun --nproc_per_node 8 toy/encode.py --model sdxl          # the default data
 
 The flags are those of diffusion_dpo.py. Of them --model, --data, --split, --resolution and
 --precision say what is made, and --micro-batch and --workers how fast.
 
-Images are shown as held-out pairs are: the centre of each, never flipped. So training on the folder
-has no random crops and flips. Captions are dropped as before.
+Images are cropped to the centre and never flipped, like those of held-out pairs. So a run on the
+set has no random crops and flips. It drops captions like any other run (--caption-dropout).
 
 After a kill the same command goes on. Several splits may go into one folder, one after the other.
 The files of a split "train" are described in toy/tools.md.
@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffusion_dpo as dpo
 
-SHARD = 2**28  # bytes of a file, about; what a kill can lose
+SHARD = 2**28  # bytes in a file, about. A kill loses at most one file of each process.
 
 
 @dataclass
@@ -59,11 +59,9 @@ class EncodedPairs(dpo.ImagePairs):
         for name, size in self.note["files"].items():
             if (self.root / name).stat().st_size != size:
                 raise ValueError(f"{name} should have {size} bytes; encode the set again")
-        here = settings(cfg)
-        differences = [f"{name} was {self.note[name]} and is {here[name]}"
-                       for name in here if self.note[name] != here[name]]
-        if differences:
-            raise ValueError(f"it was encoded for another run: {'; '.join(differences)}")
+        changed = differences(self.note, settings(cfg))
+        if changed:
+            raise ValueError(f"it was encoded with other flags: {changed}. Give the same ones here")
 
     def content(self):
         return dpo.hash_of([self.table["prompt"][:], self.table["label"][:], self.note])
@@ -77,7 +75,7 @@ class EncodedPairs(dpo.ImagePairs):
         return {"latents": torch.zeros(2, *self.shape), "cond": self.embeddings("", "")}
 
     def embeddings(self, prompt, file):
-        """What encode_prompts() made of one prompt. Without a prompt it is in a file of its own."""
+        """What encode_prompts() made of one prompt. The note names the file of the empty prompt."""
         tensors = open_tensors(self.root / (file if prompt else self.note["no prompt"]))
         return {name: tensors.get_tensor(f"{name} of {prompt}") for name in self.note["names"]}
 
@@ -94,6 +92,12 @@ def settings(cfg):
              if re.match(f"{dpo.ENCODERS}|tokenizer", file.parent.name)]
     return {"resolution": cfg.resolution, "precision": cfg.precision,
             "encoders": dpo.hash_of_files(files)}
+
+
+def differences(note, here):
+    """In words, how `here` differs from the note of a set. "" if it does not."""
+    return "; ".join(f"{name} was {note.get(name)} and is {here[name]}"
+                     for name in here if note.get(name) != here[name])
 
 
 # ------------------------------------------------------------------------------------- encoding
@@ -146,10 +150,9 @@ def progress_bar(files, unit):
 
 
 def write_tensors(file, tensors):
-    """Write {name: tensor}. The file appears when it is whole. Raises OSError."""
-    with dpo.atomic_write(file) as partial:
-        save_file({name: tensor.clone(memory_format=torch.contiguous_format)
-                   for name, tensor in tensors.items()}, partial)
+    """Write {name: tensor}. The file appears when it is whole. Raises UserError."""
+    with dpo.atomic_write(file) as partial:  # save_file() wants the numbers in the usual order
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def write_prompts(encoder, files, cfg):
@@ -170,15 +173,12 @@ def write_latents(encoder, pairs, files, names, cfg):
 
     Unreadable pairs are left out.
     """
-    keys = {file: [(dpo.HELD_OUT, place) for place in places] for file, places in files.items()}
-    batches = {file: list(BatchSampler(keys[file], cfg.micro_batch, drop_last=False))
-               for file in files}
-    loader = iter(dpo.load_batches(pairs, sum(batches.values(), []), cfg))
     with progress_bar(files, "pairs") as bar:
-        for file in files:
+        for file, places in files.items():
+            keys = BatchSampler([(dpo.HELD_OUT, place) for place in places], cfg.micro_batch,
+                                drop_last=False)
             tensors = {}
-            for _ in batches[file]:
-                batch = next(loader)
+            for batch in dpo.load_batches(pairs, keys, cfg):
                 rows = zip(batch["row"].tolist(), batch["unreadable"].tolist(),
                            encoder.images(batch["images"]), strict=True)
                 tensors |= {names[place]: latents for place, unreadable, latents in rows
@@ -187,40 +187,36 @@ def write_latents(encoder, pairs, files, names, cfg):
             write_tensors(file, tensors)
 
 
-def write_table(file, whole, prompt_files, row_files):
-    """Write the columns of dpo.FORMATS for the rows of `whole`.
+def write_table(file, prompts, names, prompt_files, file_of):
+    """Write the columns of dpo.FORMATS, a row for each of `prompts` and `names`.
 
-    row_files {row: file} has the rows with latents. Their label is 1, as the preferred image is the
-    first. The others get no label.
+    file_of {name: file} has the latents. The preferred image is the first, so their label is 1.
+    Rows without latents get no label.
     """
-    prompts = [prompt or "" for prompt in whole["prompt"]]
+    prompts = [prompt or "" for prompt in prompts]
     shard_of = {prompt: shard.name for shard in prompt_files for prompt in prompt_files[shard]}
-    labels = [1.0 if row in row_files else None for row in range(len(whole))]
+    labels = [1.0 if name in file_of else None for name in names]
     table = {"prompt": prompts,
-             "latents": [row_files.get(row, "") for row in range(len(whole))],
+             "latents": [file_of.get(name, "") for name in names],
              "embeddings": [shard_of.get(prompt, "") for prompt in prompts],
              "label": pyarrow.array(labels, pyarrow.float64())}
     with dpo.atomic_write(file) as partial:
         pyarrow.parquet.write_table(pyarrow.table(table), partial)
 
 
-def check_folder(out, base, note):
-    """Raise UserError if `out` holds other files, or the split `base` with other settings."""
-    notes = list(out.glob("*.json"))
-    if any(out.glob("[!.]*")) and not notes:
+def check_folder(out, note_file, note):
+    """Raise UserError if `out` has files but no note, or if note_file is of another set."""
+    if any(out.glob("[!.]*")) and not any(out.glob("*.json")):
         raise dpo.UserError(f"--out {out}: it holds other files; name a new folder")
-    if out / f"{base}.json" in notes:
-        there = json.loads((out / f"{base}.json").read_text())
-        differences = [f"{name} is {there.get(name)} there, {note[name]} here"
-                       for name in note if there.get(name) != note[name]]
-        if differences:
-            raise dpo.UserError(f"--out {out}: it holds another set: {'; '.join(differences)}")
+    changed = differences(json.loads(note_file.read_text()), note) if note_file.exists() else ""
+    if changed:
+        raise dpo.UserError(f"--out {out}: it holds another set: {changed}")
 
 
-def check_disk(out, needed):
-    """Say how much disk the set takes. Raises UserError if there is less."""
+def check_disk(out, base, needed):
+    """Say how much disk the set takes. Raises UserError if what is missing does not fit."""
     out.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    there = sum(file.stat().st_size for file in out.glob(f"{base}-*.safetensors"))
     free = shutil.disk_usage(out).free
     sizes = f"{needed / 1e9:,.3g} GB of disk; {free / 1e9:,.3g} GB are free"
     dpo.print_once(f"disk        {sizes}")
@@ -230,14 +226,15 @@ def check_disk(out, needed):
 
 def encode(cfg, device):
     """Make the set in cfg.out, or go on with it. Raises UserError."""
-    whole = dpo.load_pairs(cfg.data, cfg.split)
-    pairs = dpo.open_pairs(cfg, cfg.split)
-    if pairs.encoded:
+    whole = dpo.load_pairs(cfg.data, cfg.split)  # with the ties, which `pairs` leaves out
+    if whole.features["first"].dtype == "string":
         raise dpo.UserError(f"--data {cfg.data}: it is encoded already")
+    pairs = dpo.ImagePairs(cfg, cfg.split, whole)
     out, base = Path(cfg.out), dpo.base_of(cfg.split)
+    note_file = out / f"{base}.json"
     note = {"model": cfg.model, "data": cfg.data, "split": cfg.split,
             "content": pairs.content()} | settings(cfg)
-    check_folder(out, base, note)
+    check_folder(out, note_file, note)
 
     # An example of each kind tells the sizes.
     encoder = Encoder(cfg, device)
@@ -245,36 +242,35 @@ def encode(cfg, device):
     black, = encoder.images(torch.zeros(1, 2, 3, cfg.resolution, cfg.resolution))
     bytes_of_prompt = sum(value.nbytes for value in nothing.values())
     prompts = ["", *sorted({prompt for prompt in pairs.table["prompt"] if prompt})]
-    check_disk(out, len(prompts) * bytes_of_prompt + len(pairs) * black.nbytes)
+    check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * black.nbytes)
     prompt_files = shards(out, f"{base}-prompts", prompts, bytes_of_prompt)
     pair_files = shards(out, f"{base}-latents", range(len(pairs)), black.nbytes)
-    if dpo.is_main():
-        dpo.write_json(out / f"{base}.json", note)
-    dpo.gather(None)  # now the folder is known as ours
+    if dpo.is_main() and not note_file.exists():
+        dpo.write_json(note_file, note)
+    dpo.gather(None)  # from now on the note tells that the folder is ours, also after a kill
 
-    # The latents are named by the row of the pair in the table that is written at the end.
-    row_of = {row: place for place, row in enumerate(whole["row"])}
-    names = {f"{row_of[row]} of {base}": row_of[row] for row in pairs.table["row"]}
+    # Latents get the name that their row will have in a run. It is new if --split is a part.
+    names = {row: f"{place} of {base}" for place, row in enumerate(whole["row"])}
     write_prompts(encoder, missing(prompt_files), cfg)
     encoder.drop_text_encoders()
-    write_latents(encoder, pairs, missing(pair_files), list(names), cfg)
+    names_of_pairs = [names[row] for row in pairs.table["row"]]
+    write_latents(encoder, pairs, missing(pair_files), names_of_pairs, cfg)
     dpo.gather(None)  # wait for all files
 
-    row_files = {names[name]: file.name for file in pair_files
-                 for name in open_tensors(file).keys()}
-    unreadable = len(pairs) - len(row_files)
+    file_of = {name: file.name for file in pair_files for name in open_tensors(file).keys()}
+    unreadable = len(pairs) - len(file_of)
     if unreadable > max(1, len(pairs) / 100):
         raise dpo.UserError(f"--data {cfg.data}: {unreadable} of {len(pairs)} pairs cannot be"
                             f" read, more than 1 %. Mend them and remove {out}")
     if dpo.is_main():
         files = [*prompt_files, *pair_files]
-        note |= {"pairs": len(row_files), "prompts": len(prompts), "shape": list(black.shape[1:]),
+        note |= {"pairs": len(file_of), "prompts": len(prompts), "shape": list(black.shape[1:]),
                  "names": sorted(nothing), "no prompt": files[0].name,
                  "files": {file.name: file.stat().st_size for file in files},
                  "hash": dpo.hash_of_files(files)}
-        dpo.write_json(out / f"{base}.json", note)
-        write_table(out / f"{base}.parquet", whole, prompt_files, row_files)  # now it is a set
-    dpo.print_once(f"encoded     {len(row_files):,} pairs and {len(prompts):,} prompts, in {out};"
+        dpo.write_json(note_file, note)
+        write_table(out / f"{base}.parquet", whole["prompt"], names.values(), prompt_files, file_of)
+    dpo.print_once(f"encoded     {len(file_of):,} pairs and {len(prompts):,} prompts, in {out};"
                    f" {unreadable} unreadable pairs left out")
 
 
@@ -286,7 +282,8 @@ def main(argv=None):
     cfg = dpo.parse(flags, Config)
     if cfg.model == "toy":
         raise dpo.UserError("--toy: it has no images; name a --model")
-    cfg.out = cfg.out.replace("MODEL", Path(cfg.model).resolve().name)
+    if cfg.out == Config.out:
+        cfg.out = f"encoded/{Path(cfg.model).resolve().name}"
     encode(cfg, dpo.start_processes(torch.cuda.is_available(), cfg.precision))
 
 

@@ -5,8 +5,13 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from unittest import mock
 
 import diffusers
@@ -205,7 +210,7 @@ def test_what_is_not_encoded(tiny, encoded, tmp_path):
     images = sd_line(tiny, "tiny-sd15")
     for flags, named in [
             (f"{images} --out {tiny}", "it holds other files"),
-            (f"{images} --out {folder} --split train[:5]", "split is train there"),
+            (f"{images} --out {folder} --split train[:5]", "split was train and is train[:5]"),
             (f"{line} --out {tmp_path}/new", "encoded already"),
             (f"--toy --out {tmp_path}/new", "--toy")]:
         with pytest.raises(dpo.UserError, match=re.escape(named)):
@@ -250,3 +255,22 @@ def test_full_size(tmp_path, kind, flags):
     image, = pipe("a circle", height=256, width=256, num_inference_steps=2).images
     assert image.size == (256, 256)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_as_written(tmp_path):
+    """Every indented block of recipe.md runs in a copy of the project, but for those that make the
+    environment or need a real checkpoint."""
+    root = Path(__file__).parents[1]
+    names = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=root)
+    for name in names.decode().split():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(root / name, tmp_path / name)
+    text = re.sub(".*venv.*|.*.ci/python.*", "", (root / "toy/recipe.md").read_text())
+    blocks = map(textwrap.dedent, re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text))
+    run = [block for block in blocks if not re.search(r"from_single_file|^\s*\{", block)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for block in run:
+        subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True,
+                       env=os.environ | {"PATH": path})
+    assert len(run) == 8 and (tmp_path / "runs/mine/mine.safetensors").exists()
