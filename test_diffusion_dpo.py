@@ -9,7 +9,6 @@ torch.distributions, diffusers' schedulers and pipelines, and the same run done 
 
 import ast
 import collections
-import datetime
 import functools
 import io
 import json
@@ -66,12 +65,6 @@ def handlers():
 
 # -------------------------------------------------------------------------------------- helpers
 
-def errors(n=16, seed=0, dtype=torch.float32):
-    """Four random weighted errors (n,)."""
-    gen = dpo.seeded_generator(seed)
-    return [torch.rand(n, generator=gen, dtype=dtype) for _ in range(4)]
-
-
 def sd_schedule(prediction_type="epsilon"):
     """The noise levels of SD1.5."""
     return diffusers.DDPMScheduler(
@@ -88,8 +81,7 @@ def spy_task(prediction="epsilon", function=torch.zeros_like):
     calls = []
 
     def network(scale, x_t, t, **cond):
-        with_grad = torch.is_grad_enabled()
-        calls.append(SimpleNamespace(x_t=x_t, t=t, cond=cond, with_grad=with_grad))
+        calls.append((torch.is_grad_enabled(), cond))
         return scale * function(x_t)
 
     task = SimpleNamespace(
@@ -108,11 +100,10 @@ def draw(seed, keys, draws, T, shape):
     return torch.stack(t), torch.stack(eps)
 
 
-def batch_of(B=3, K=2, shape=(4, 8, 8), T=1000):
-    """x_w, x_l, t, eps of B random pairs with K draws each, as pair_errors takes them."""
-    x_w, x_l = torch.randn(2, B, *shape, generator=dpo.seeded_generator("batch"))
-    keys = [(0, row) for row in range(B)]
-    t, eps = draw(0, keys, K, T, shape)
+def random_batch():
+    """x_w, x_l, t, eps of two pairs with three draws each, as pair_errors takes them."""
+    x_w, x_l = torch.randn(2, 2, 4, 8, 8, generator=dpo.seeded_generator("batch"))
+    t, eps = draw(0, [(0, 0), (0, 1)], 3, 1000, (4, 8, 8))
     return x_w, x_l, t, eps
 
 
@@ -180,30 +171,16 @@ def test_example_of_ipo():
     assert loss == pytest.approx(0.05**2)
 
 
-@pytest.mark.parametrize("beta, gamma", [(7.0, 0.0), (1.0, 0.3)])
-def test_loss_is_eq_14(beta, gamma):
-    """The loss is Eq. 14, or SEE-DPO's for gamma > 0, transcribed literally. SEE-DPO is also DPO at
-    beta + gamma with gamma (r_l - r_w) added to the logit."""
-    e_w, e_l, r_w, r_l = four = errors(dtype=torch.float64)
+def test_loss_is_eq_14():
+    """Loss and logit are those of Eq. 14, or of SEE-DPO for gamma > 0, transcribed literally."""
+    beta, gamma = 1.0, 0.3
+    four = torch.rand(4, 16, generator=dpo.seeded_generator(0), dtype=torch.float64)
+    e_w, e_l, r_w, r_l = four
     losses, logit = dpo.dpo_loss(*four, beta, gamma)
     inside = -((beta + gamma) * (e_w - e_l) - beta * (r_w - r_l))
     sigmoid = 1 / (1 + torch.exp(-inside))
     assert torch.allclose(losses, -torch.log(sigmoid))
-
-    _, logit_of_dpo = dpo.dpo_loss(*four, beta + gamma)
-    assert torch.allclose(logit, logit_of_dpo + gamma * (r_l - r_w), atol=1e-13)
-
-
-def test_loss_at_step_0():
-    """If the policy is the reference, loss and logit are log 2 and 0 to the last bit. The gradient
-    is beta / 2: it lowers the error on x_w and raises that on x_l."""
-    ref = torch.stack(errors()[:2])
-    err = ref.clone().requires_grad_()
-    losses, logit = dpo.dpo_loss(*err, *ref, 5000.0)
-    losses.sum().backward()
-    assert (losses == torch.tensor(2.0).log()).all()
-    assert (logit == 0).all()
-    assert (err.grad.T == torch.tensor([2500.0, -2500.0])).all()
+    assert torch.allclose(logit, inside)
 
 
 def test_loss_is_finite_at_beta_5000():
@@ -239,49 +216,29 @@ def literal_squares(network, prediction, x_0, t, eps):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 def test_pair_errors_are_the_literal_ones(prediction):
     """The errors are those of a loop, in which both halves of a pair share t and eps. Draws are
-    averaged, so that dpo_loss takes one error per pair. Each network is called once."""
+    averaged, so that dpo_loss takes one error per pair. Each network is called once, the reference
+    first and without gradient, and each half has its own prompt."""
     task, calls = spy_task(prediction, torch.tanh)
-    x_w, x_l, t, eps = batch_of()
-    results = iter(dpo.pair_errors(task, x_w, x_l, t, eps, {}))
-    assert len(calls) == 2
+    x_w, x_l, t, eps = random_batch()
+    results = iter(dpo.pair_errors(task, x_w, x_l, t, eps, {"prompt": torch.arange(4)}))
+    assert [with_grad for with_grad, _ in calls] == [False, True]
+    for _, cond in calls:
+        assert cond["prompt"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
     for network in (task.policy, task.reference):
         for x_0 in (x_w, x_l):
             expected = 0
-            for k in range(2):
+            for k in range(3):
                 squares = literal_squares(network, prediction, x_0, t[:, k], eps[:, k])
-                expected += task.weight[t[:, k]] * squares / 2
+                expected += task.weight[t[:, k]] * squares / 3
             assert torch.allclose(next(results), expected, rtol=1e-5)
-
-
-def test_a_flow_is_diffusers():
-    """At the SNR of the sigmas of FlowMatchEulerDiscreteScheduler, x_t is what it makes."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    sigma = scheduler.sigmas.double()[:, None]  # fp32 has too few digits of 1 - abar_t
-    abar = (1 - sigma)**2 / ((1 - sigma)**2 + sigma**2)
-    a_t, s_t = dpo.signal_and_noise(abar, "flow")
-    x_0, eps = torch.randn(2, 1000, 4)
-    x_t = scheduler.scale_noise(x_0, scheduler.timesteps, eps)
-    assert torch.allclose(a_t * x_0 + s_t * eps, x_t, atol=1e-5)
-
-
-def test_halves_of_a_pair_share_their_noise():
-    """Equal halves of a pair look the same to both networks, but each half has its own prompt. The
-    reference runs first and without gradient."""
-    task, calls = spy_task()
-    x_w, _, t, eps = batch_of(B=2, K=3)
-    dpo.pair_errors(task, x_w, x_w, t, eps, {"prompt": torch.arange(4)})
-    assert [call.with_grad for call in calls] == [False, True]
-    for call in calls:
-        assert torch.equal(*call.x_t.chunk(2))
-        assert call.cond["prompt"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def test_errors_are_squared_in_fp32():
     """A prediction in bf16 gives the same error as its fp32 copy."""
     half, _ = spy_task(function=torch.Tensor.bfloat16)
     copy, _ = spy_task(function=lambda x: x.bfloat16().float())
-    batch = batch_of()
+    batch = random_batch()
     err_w, *_ = dpo.pair_errors(half, *batch, {})
     expected, *_ = dpo.pair_errors(copy, *batch, {})
     assert err_w.dtype == torch.float32
@@ -384,12 +341,6 @@ def test_samples_have_their_density(toy, monkeypatch):
     assert etas == [1, 0]
 
 
-def test_labels_are_bradley_terrys(toy):
-    """The mean of exp(R(x_l) - R(x_w)) is 1, as it is if Bradley-Terry labels by R."""
-    gap = dpo.toy_reward(toy.pairs.x_l) - dpo.toy_reward(toy.pairs.x_w)
-    assert abs(gap.exp().mean() - 1) < 0.02
-
-
 def test_total_variation_and_entropy():
     """Points in two squares have a distance of 1, and so have points on and off the grid."""
     one, other, none = (
@@ -419,74 +370,39 @@ def test_sampler_is_diffusers(toy, kind, eta):
     assert torch.allclose(samples, x, atol=1e-3)
 
 
-def test_a_flow_has_the_errors_of_epsilon(toy):
-    """A toy whose networks predict a flow, eps - x_0 where a_t + s_t = 1, has the same errors."""
-    torch.nn.init.normal_(toy.policy.net[-1].weight)
-    batch = batch_of(B=32, K=64, shape=(2,), T=100)
-    expected = dpo.pair_errors(toy, *batch, {})
-
-    abar = toy.alphas_cumprod[:, None]
-    a, s = abar.sqrt(), (1 - abar).sqrt()
-
-    def flow(network, x_t, t):
-        x_t = (a[t] + s[t]) * x_t  # now a_t^2 + s_t^2 = 1
-        eps = network(x_t, t)
-        return eps - (x_t - s[t] * eps) / a[t]
-
-    toy.prediction = "flow"
-    toy.policy = partial(flow, toy.policy)
-    toy.reference = partial(flow, toy.reference)
-    toy.weight *= (a / (a + s)).flatten()**2  # the square of the a_t of a flow
-    results = dpo.pair_errors(toy, *batch, {})
-    assert torch.allclose(torch.stack(results), torch.stack(expected), rtol=1e-4)
-
-
 # ------------------------------------------------------------------------------ preference data
 
 def test_ties_are_dropped(tmp_path):
-    """Ties and missing labels go, by their label alone: here their images are not even images. A
-    split may be cut, and a caption may be missing."""
+    """Ties and missing labels go, by their label alone: here their images are not even images. Of
+    the others the preferred image comes first. A split may be cut, and a caption may be missing."""
     ties = [pick(label, b"not an image") for label in (0.5, None, 0.5)]
-    path = parquet(tmp_path / "pairs.parquet", [*ties, pick(caption=None)])
+    path = parquet(tmp_path / "pairs.parquet", [*ties, pick(1.0, caption=None), pick(0.0)])
     pairs = image_pairs(path)
-    assert len(pairs) == 1
-    assert colours(pairs[0, 0]) == ["red", "blue"]
-    assert pairs[0, 0]["prompt"] == ""
-
-    assert dpo.load_pairs(path, "train[-2:]")["label"][:] == [0.5, 1]
-
-
-def test_the_preferred_image_comes_first(tmp_path):
-    """label_0 = 1 prefers jpg_0, and label_0 = 0 prefers jpg_1."""
-    pairs = image_pairs(parquet(tmp_path / "pairs.parquet", [pick(1.0), pick(0.0)]))
+    assert len(pairs) == 2
     assert colours(pairs[0, 0]) == ["red", "blue"]
     assert colours(pairs[0, 1]) == ["blue", "red"]
+    assert pairs[0, 0]["prompt"] == ""
 
-
-def test_chosen_comes_first(tmp_path):
-    """chosen is the preferred image, in a folder that is built like a data set on the hub."""
-    row = {"prompt": "p", "rejected": {"bytes": jpeg("blue")}, "chosen": {"bytes": jpeg("red")}}
-    parquet(tmp_path / "train-00000-of-00001.parquet", [row])
-    assert colours(image_pairs(tmp_path)[0, 0]) == ["red", "blue"]
+    assert dpo.load_pairs(path, "train[-3:]")["label"][:] == [0.5, 1, 0]
 
 
 @pytest.mark.parametrize("data, file, first, second, folder", [
     (".", "pairs.jsonl", "preferred", "rejected", ""),
     ("train.json", "train.json", "path1", "path2", ""),  # HPDv3
-    (".", "any.parquet", "chosen", "rejected", ""),
+    (".", "train-00000-of-00001.parquet", "chosen", "rejected", ""),  # as on the hub
     ("any.parquet", "any.parquet", "preferred", "rejected", "{}/"),
     ("link", "pairs.jsonl", "preferred", "rejected", "{}/")])
 def test_the_preferred_file_comes_first(tmp_path, monkeypatch, data, file, first, second, folder):
-    """preferred and path1 are the preferred images, in a list of image files that lies beside
-    them. --data is the list, or the folder of pairs.jsonl. The folder may be a link, and the
-    paths in the list may be absolute. An image may be a link, and other lines may be empty."""
+    """preferred, chosen and path1 are the preferred images, in a list of image files that lies
+    beside them. --data is the list, or its folder. The folder may be a link, and the paths in the
+    list may be absolute. An image may be a link, and other lines may be empty."""
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to(tmp_path)
     for colour in ("red", "blue"):
         Path(f"{colour}.jpg").write_bytes(jpeg(colour))
     folder = folder.format(tmp_path)
     row = {"prompt": "p", second: f"{folder}blue.jpg", first: f"{folder}red.jpg"}
-    if file == "any.parquet":
+    if file.endswith(".parquet"):
         parquet(file, [row])
         Path("red.jpg").symlink_to(Path("red.jpg").rename("../red.jpg"))
     else:
@@ -589,8 +505,6 @@ def test_crop_square():
 @pytest.mark.parametrize("colour, mode, form, pixel", [
     ((0, 255, 255, 0), "CMYK", "JPEG", (254, 0, 0)),
     (128, "L", "JPEG", (128, 128, 128)),
-    ("blue", "P", "PNG", (0, 0, 255)),
-    ((0, 0), "LA", "PNG", (255, 255, 255)),
     pytest.param(
         jpeg("blue", mode="P", form="PNG", transparency=0), "", "", (255, 255, 255), id="clear P"),
     ((0, 0, 0, 0), "RGBA", "WEBP", (255, 255, 255))])
@@ -689,36 +603,20 @@ def same(a, b, rtol=0, atol=0):
 
 
 @pytest.mark.parametrize("model", ["tiny-sd15", "tiny-sdxl", "tiny-sd35", "without-t5"])
-def test_prompt_embeddings_by_hand(tiny, model):
-    """encode_prompts equals tokenizers and text encoders called by hand, also for a long prompt.
-    No prompt is "" for SD1.5 and SD3, and zeros for SDXL. Without T5, its part is zeros."""
+def test_prompts_are_those_of_guidance(tiny, model):
+    """encode_prompts gives what the pipeline's guidance takes with a prompt and without one."""
     if model == "without-t5":
         make_tiny.make_model(tiny / model, "sd35", t5=None)
-    task, prompts = sd_task(tiny, model), ["a red circle", "word " * 200, ""]
-
-    def by_hand(number, length=77):
-        tokenizer, encoder = (
-            getattr(task.pipe, f"{part}{number}") for part in ("tokenizer", "text_encoder"))
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return encoder(tokens.input_ids, output_hidden_states=True)
-
-    first, t5 = by_hand(""), torch.zeros(3, 256, 64)
-    expected = {"prompt": first[0]}
-    if model != "tiny-sd15":
-        second = by_hand("_2")
-        both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2)
-    if model == "tiny-sdxl":
-        both[2], second[0][2] = 0, 0
-        time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 3)
-        expected = {"prompt": both, "text_embeds": second[0], "time_ids": time_ids}
-    if model == "tiny-sd35":
-        t5 = by_hand("_3", 256)[0]
-    if model in ("tiny-sd35", "without-t5"):
-        both = torch.nn.functional.pad(both, (0, 64 - both.shape[2]))
-        pooled = torch.cat([first[0], second[0]], 1)
-        expected = {"prompt": torch.cat([both, t5], 1), "pooled_projections": pooled}
-    assert same(dpo.encode_prompts(task.pipe, prompts, 64), expected)
+    pipe = sd_task(tiny, model).pipe
+    others = [None, None] if "transformer" in pipe.components else []
+    for prompt in ("a red circle", "word " * 200):
+        prompted, empty, *pooled = pipe.encode_prompt(
+            prompt, *others, device="cpu", num_images_per_prompt=1,
+            do_classifier_free_guidance=True)
+        found = list(dpo.encode_prompts(pipe, [prompt, ""], 64).values())
+        torch.testing.assert_close(found[0], torch.cat([prompted, empty]))
+        if pooled:
+            torch.testing.assert_close(found[1], torch.cat(pooled))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -792,12 +690,9 @@ def test_build_and_prediction_come_from_the_folder(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, part, old, new", [
-    ("sd15", "text_encoder", "^", "module."),
     ("sd15", "text_encoder", "layers.1", "x"),
-    ("sdxl", "text_encoder_2", "text_projection", "x"),
     ("sd35", "text_encoder_3", "block.1", "x"),
     ("sd15", "vae", "decoder.conv_in", "x"),
-    ("sd15", "unet", "^", "_orig_mod."),
     ("sd15", "unet", "conv", "conv"),  # of another shape
     ("sd35", "transformer", "pos_embed", "x")])
 def test_missing_weights_are_refused(tiny, tmp_path, kind, part, old, new):
@@ -808,15 +703,14 @@ def test_missing_weights_are_refused(tiny, tmp_path, kind, part, old, new):
     weights = {re.sub(old, new, name): value[:1] if old == new else value
                for name, value in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(dpo.UserError, match=f"--model {tmp_path}: {part}: .* missing.*{old[1:]}"):
+    with pytest.raises(dpo.UserError, match=f"--model {tmp_path}: {part}: .* missing.*{old}"):
         dpo.load_pipeline(str(tmp_path))
 
 
-@pytest.mark.parametrize("other", [
-    {"in_channels": 9}, {"out_channels": 8}, {"num_class_embeds": 4}, {"cross_attention_dim": 24}])
-def test_networks_of_another_build_are_refused(tiny, other):
-    """A UNet for other latents, classes or text encoders is found before the training begins."""
-    make_tiny.make_model(tiny / "other", "sd15", unet=make_tiny.TINY["sd15"]["unet"] | other)
+def test_a_network_of_another_build_is_refused(tiny):
+    """A UNet that predicts other latents than the VAE's is found before the training begins."""
+    unet = make_tiny.TINY["sd15"]["unet"] | {"out_channels": 8}
+    make_tiny.make_model(tiny / "other", "sd15", unet=unet)
     with pytest.raises(dpo.UserError, match="--model .*/other: it is not built like"):
         sd_task(tiny, "other")
 
@@ -838,17 +732,7 @@ def test_other_files_of_a_model(tiny, tmp_path):
         dpo.load_pipeline(str(tmp_path))
 
 
-def test_latents_are_those_that_the_pipeline_decodes(tiny):
-    """The images of a pair are encoded by the VAE, to the mean of its Gaussian, and scaled."""
-    task = sd_task(tiny, "tiny-sd15")
-    batch = batch_of_pairs(task, (0, 5))
-    for side, latents in enumerate(task.encode(batch)[:2]):
-        encoded = task.pipe.vae.encode(batch["images"][:, side] / 127.5 - 1)
-        assert torch.allclose(latents / 0.18215, encoded.latent_dist.mean, atol=1e-5)
-
-
 @pytest.mark.parametrize("part, scheduler", [
-    ("unet", diffusers.EDMEulerScheduler()),
     ("unet", diffusers.FlowMatchEulerDiscreteScheduler()),
     ("transformer", diffusers.DDPMScheduler()),
     ("transformer", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))])
@@ -1267,7 +1151,7 @@ def test_processes_that_disagree_are_refused(out, monkeypatch, place):
     def gather(here):
         there = [*here] if type(here) is list and len(here) == 3 else here
         if there is not here:
-            there[place] = "other"
+            there[place] = [7, here[1] | {"content of --data": 7}, [7.0]][place]
         return [here, there]
 
     monkeypatch.setattr(dpo, "gather", gather)
@@ -1336,8 +1220,7 @@ def test_another_configuration_is_refused(out):
     train_toy(out, "--save-every 5")
 
 
-@pytest.mark.parametrize("flags", ["", "--lora 2"])
-def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path, flags):
+def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path):
     """A run is refused if rows, labels, captions or images have changed, or a model's weights,
     settings or words. Its folder may lie in the folder of its data."""
     shutil.copytree(tiny / "tiny-sd15", tmp_path / "model")
@@ -1346,7 +1229,7 @@ def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path, flags):
     def start(rows):
         parquet(tmp_path / "pairs.parquet", rows)
         task = sd_task(tmp_path, "model", f"--data {tmp_path} --resolution 16 --steps 1 --lr 1e-3"
-                                          f" --out {tmp_path}/run {flags}")
+                                          f" --lora 2 --out {tmp_path}/run")
         return dpo.train(task, task.cfg)
 
     assert start(rows) == start(rows)
@@ -1356,12 +1239,7 @@ def test_a_run_goes_on_with_what_it_began_with(tiny, tmp_path, flags):
             start([*rows[:2], rows[2] | change])
     with pytest.raises(dpo.UserError, match="content of --data"):
         start(rows[1:])
-    end = b"(?s)....$"
-    for name, old, new in (("unet/*.safetensors", end, b"aaaa"),
-                           ("vae/*.safetensors", end, b"aaaa"),
-                           ("text_encoder/*.safetensors", end, b"aaaa"),
-                           ("scheduler/*", b"012", b"2"),
-                           ("scheduler/*", b"epsilon", b"v_prediction"),
+    for name, old, new in (("unet/*.safetensors", b"(?s)....$", b"aaaa"),
                            ("vae/config.json", b"0.18215", b"0.2"),
                            ("tokenizer/tokenizer.json", b"q</w>", b"qq</w>")):
         file, = (tmp_path / "model").glob(name)
@@ -1468,15 +1346,13 @@ def unreadable_task(tiny, tmp_path, broken, n, flags):
     return sd_task(tiny, "tiny-sd15", f"--data {path} --out {tmp_path}/run {flags}")
 
 
-def test_unreadable_pairs_are_named_and_counted(tiny, tmp_path, capsys):
-    """Up to 1 % of unreadable pairs do no harm. Each is named, counted in metrics.jsonl, and left
-    out of the means."""
+def test_unreadable_pairs_are_counted(tiny, tmp_path):
+    """Up to 1 % of unreadable pairs do no harm. They are counted in metrics.jsonl, and left out of
+    the means."""
     task = unreadable_task(tiny, tmp_path, [3, 100], 200,
                            "--steps 1 --batch 200 --micro-batch 50 --resolution 16")
     row, = dpo.train(task, task.cfg)
     assert row["unreadable"] == 2 and row["reward_accuracy"] == 0.5
-    printed = capsys.readouterr().out
-    assert re.findall("row (.*?),", printed) == ["3 of train", "100 of train"]
 
 
 def test_an_unreadable_pair_has_no_gradient():
@@ -1613,7 +1489,6 @@ def wrong(tmp_path_factory):
             "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
             "broken.jsonl": lines('"a"', '"b" "c"'),
             "mixed.jsonl": lines('"a"', 7),
-            "nan.jsonl": lines('"a"', "NaN"),
             "latin.jsonl": lines('"a"', '"caf\xe9"'),
             "null.json": "null",
             "strange/config.json": '{"config": 7}',
@@ -1623,10 +1498,7 @@ def wrong(tmp_path_factory):
     for name, rows in {
             "sound": [pick()],
             "ties": [pick(0.5)],
-            "lists": [pick(caption=["a"])],
             "zeros": [pick(caption=0)],
-            "bytes": [pick(caption=b"a")],
-            "dates": [pick(caption=datetime.date(2026, 1, 1))],
             "shards/train-00000-of-00002": [pick()],
             "columns": [{"a": 1, "b": 2}],
             "label": [pick(1.0), pick(0.7)]}.items():
@@ -1647,7 +1519,6 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --steps 1 --batch 1 --data {wrong
     (f"--toy --seed {10**30}", "--seed"),
     ("--toy --data x", "--data"),
     ("--toy --micro-batch 0", "--micro-batch 0"),
-    ("--model sd15 --beta 0", "--beta 0"),
     ("--model sd15 --caption-dropout 20", "--caption-dropout 20"),
     ("--model sd15 --eval-every 3", "--eval-split"),
     ("--model sd15 --resolution 100", "--resolution 100"),
@@ -1675,12 +1546,8 @@ SD = "--model {tiny}/tiny-sd15 --resolution 64 --steps 1 --batch 1 --data {wrong
     (f"{SD}/shards", "1 of the 2"),
     (f"{SD}/sound.parquet --split test", "split test is []"),
     ("--model {tiny}/tiny-sd15 --data parquet", "--data parquet: there is no such file"),
-    (f"{SD}/lists.parquet", "row 0 has the caption ['a']"),
     (f"{SD}/zeros.parquet", "row 0 has the caption 0"),
-    (f"{SD}/bytes.parquet", "row 0 has the caption b'a'"),
-    (f"{SD}/dates.parquet", "row 0 has the caption datetime"),
     (f"{SD}/mixed.jsonl", "row 1 has the caption 7"),
-    (f"{SD}/nan.jsonl", "row 1 has the caption nan"),
     (f"{SD}/latin.jsonl", "line 2"),
     (f"{SD}/broken.jsonl", "line 2: Expecting ',' delimiter"),
     (f"{SD}/columns.parquet", "['a', 'b']"),

@@ -6,15 +6,9 @@
 
 import json
 import math
-import os
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import pyarrow.parquet
 import pytest
@@ -26,7 +20,6 @@ from safetensors.torch import load_file
 import diffusion_dpo as dpo
 from toy import faces, judge, study_faces
 
-torch.set_num_threads(1)
 BRIEF = {"drawings": 4, "vae_steps": 3, "unet_steps": 2, "clip_steps": 2, "pairs": 40}
 
 
