@@ -1,20 +1,27 @@
 """What a run costs, known before anything is downloaded: its memory and its time.
 
-    python toy/cost.py memory                    # a table, computed in seconds without a GPU
+    python toy/cost.py memory                    # a table, computed in minutes without a GPU
     python toy/cost.py memory --model sdxl --lora 16             # one line of it, for any flags
     python toy/cost.py time --model sdxl         # measured, on the machine that is to train
     torchrun --nproc_per_node 8 toy/cost.py time --model sdxl    # and on several GPUs
     python toy/cost.py time                      # a table of small models, in a few minutes
 
-The flags are those of diffusion_dpo.py and --timed-steps. The models sd15, sdxl and sd35 get random
-weights. The tables are printed as Markdown and written to toy/cost_memory.json and
+The flags are those of diffusion_dpo.py, and --encoded and --timed-steps. The models sd15, sdxl and
+sd35 get random weights. The tables are printed as Markdown and written to toy/cost_memory.json and
 toy/cost_time.json.
 
-`memory` builds the models on fake tensors, which have shapes and types without contents. It counts
-the weights, their gradients and the states of the optimizer. As activations it counts what autograd
-keeps between forward and backward of one micro-batch in bf16, and autocast's copies of trained
-weights. It leaves out the CUDA context, the allocator's gaps, the VAE at work, and the block that
-checkpointing computes again. Loading needs less than training: parts are cast, and then moved.
+`memory` runs one step, one evaluation and one picture on fake tensors, which have shapes and types
+without contents. It adds up the bytes of those that are alive. So nothing is computed, and the code
+is that of the training. Its columns are in GiB:
+
+    held         what stays: weights, gradients, and the states of the optimizer
+    peak, at     the peak of a step, and the part of the step where it is
+    evaluation   the peak of an evaluation on held-out pairs
+    picture      the peak while images are sampled and decoded, as many as --micro-batch at once
+    host         the peak on the CPU while a process loads its model, whose files are in fp32
+
+Not counted are the CUDA context (about 0.5 GiB), gaps of the allocator (5 to 10 %), workspaces of
+convolutions, and on the host the libraries and the workers that read images.
 
 `time` runs the training loop of diffusion_dpo.py with at most 4 micro-batches per step, and writes
 OUT/time.json. Times are those of process 0. On a GPU they are taken when its stream passes the
@@ -29,46 +36,68 @@ Workers read on meanwhile, so a wait for data does not show if it is shorter tha
 import functools
 import io
 import itertools
+import math
 import os
 import random
+import re
 import resource
 import statistics
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import encode
+import figure
 import make_tiny
 
 import diffusion_dpo as dpo
 
 WARM_UP = 2  # steps that are not timed
 PARTS = ("data wait", "encode", "reference", "policy forward", "backward", "optimizer", "rest")
-MEMORY_ROWS = (
-    "--model sd15 --micro-batch 4",
-    "--model sd15 --micro-batch 1 --checkpointing",
-    "--model sd15 --micro-batch 1 --checkpointing --lora 16",
-    "--model sdxl --micro-batch 2",
-    "--model sdxl --micro-batch 1",
-    "--model sdxl --micro-batch 1 --optimizer adamw",
-    "--model sdxl --micro-batch 1 --optimizer adamw --lora 16",
-    "--model sd35 --micro-batch 2",
-    "--model sd35 --micro-batch 1 --optimizer adafactor --lora 0 --lr 1e-5",
-)
-TIME_ROWS = (("medium", 128, ""), ("medium", 128, "--lora 8"), ("tiny", 64, ""))
+MEMORY_FLAGS = "--micro-batch 1 --model"  # of all rows
+MEMORY_ROWS = """\
+sdxl --lora 16 --optimizer adamw --encoded
+sdxl --lora 16 --optimizer adamw
+sd35 --micro-batch 2 --encoded
+sd35 --micro-batch 2
+sd15 --micro-batch 4 --lora 16 --encoded
+sd15 --micro-batch 4 --lora 16
+sd15 --checkpointing --optimizer adafactor --encoded
+sd15 --checkpointing --optimizer adafactor
+sd15 --checkpointing --encoded
+sd15 --checkpointing
+sd15 --micro-batch 4
+sd35 --lora 0 --optimizer adafactor --encoded
+sd35 --lora 0 --optimizer adafactor
+sdxl --encoded
+sdxl
+sdxl --micro-batch 2
+sdxl --optimizer adamw --encoded
+sdxl --optimizer adamw"""
+TIME_ROWS = (("medium", 128, "images", ""), ("medium", 128, "encoded", ""),
+             ("medium", 128, "encoded", "--lora 8"),
+             ("tiny", 64, "images", ""), ("tiny", 64, "encoded", ""))
 SMALL = make_tiny.TINY["sd15"]
 MEDIUM = SMALL | {  # 6.8M parameters
     "unet": SMALL["unet"] | {"block_out_channels": (80, 160), "layers_per_block": 2},
@@ -78,10 +107,11 @@ MEDIUM = SMALL | {  # 6.8M parameters
 
 @dataclass
 class Config(dpo.Config):
-    """The flags of diffusion_dpo.py, and one more."""
+    """The flags of diffusion_dpo.py, and two more."""
 
     data: str = None  # hub id, parquet or JSON file, or folder [64 made-up pairs]
     out: str = "runs/cost"  # folder for time.json
+    encoded: bool = False  # memory: as if toy/encode.py had encoded the data
     timed_steps: int = 10  # steps to time, after 2 that do not count
     lr: float = 1e-5
 
@@ -100,94 +130,196 @@ def build_pipeline(cfg, device):
     """The pipeline of --model. A published one gets its architecture and random weights."""
     if cfg.model not in make_tiny.PUBLISHED:
         return dpo.load_pipeline(cfg.model)
+    logging.set_verbosity_error()
     torch.manual_seed(cfg.seed)  # the same on every process
     return make_tiny.assemble(**make_tiny.PUBLISHED[cfg.model], device=device)
 
 
+class Marks:
+    """Marks the ends of the parts of a step. A subclass has mark(part)."""
+
+    def around(self, part, function):
+        """`function`, with a mark before it and one after it."""
+        @functools.wraps(function)
+        def marked(*inputs, **options):
+            self.mark("rest")
+            out = function(*inputs, **options)
+            self.mark(part)
+            return out
+        return marked
+
+    def mark_parts(self, task):
+        """dpo.dpo_step for `task`, with a mark after each of its parts."""
+        def after_forward(*_):
+            if torch.is_grad_enabled():  # with adapters the reference is a forward of the policy
+                self.mark("policy forward")
+
+        task.policy.register_forward_hook(after_forward)
+        task.encode = self.around("encode", task.encode)
+        task.reference = self.around("reference", task.reference)
+        return self.around("backward", dpo.dpo_step)  # what is left of it at its end
+
+
+def drop_encoders(pipe):
+    """Leave out what a run does not load if its data were encoded ahead."""
+    for name in pipe.components:
+        if re.match(dpo.ENCODERS, name):
+            setattr(pipe, name, None)
+
+
 # --------------------------------------------------------------------------------------- memory
 
-def size(tensors):
-    """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+class MemoryMeter(Marks, TorchDispatchMode):
+    """Within it, the bytes of all tensors that are alive are counted.
+
+    torch.distributed has MemTracker for that. But it puts a hook on every weight, and a frozen
+    weight takes none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}  # {weak reference to a storage: bytes}
+        self.live = self.peak = 0  # bytes
+        self.peaks = []  # (bytes, part)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()  # several tensors may share one
+                key = weakref.ref(storage, self.forget)
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def forget(self, key):
+        self.live -= self.sizes.pop(key)
+
+    def mark(self, part):
+        """Say that `part` is over. It began at the mark before."""
+        self.peaks.append((self.peak, part))
+        self.peak = self.live
+
+    def highest(self, part):
+        """The highest peak up to the end of `part`, since the last call, and where it was."""
+        self.mark(part)
+        peaks, self.peaks = self.peaks, []
+        return max(peaks)
+
+
+def moved_as_fakes(fake):
+    """Within it, modules that are moved to the "cpu" get fake tensors, which say they are there.
+
+    They come from the device "meta", where weights have no contents either. But autocast passes
+    over tensors on "meta".
+    """
+    to = nn.Module.to
+
+    def move(module, where, *more, **options):
+        if where != torch.device("cpu"):
+            return to(module, where, *more, **options)
+        if next(module.parameters()).is_meta:  # a network with adapters is moved twice
+            with fake:
+                to(module, where, *more, **options)
+            if hasattr(module, "tie_weights"):  # T5 has one table under two names
+                module.tie_weights()
+        return module
+
+    return mock.patch.object(nn.Module, "to", move)
+
+
+def as_on_cuda(norm):
+    """Within it, autocast computes `norm` in fp32, which on a CPU it does not."""
+    def in_fp32(x, *more, **options):
+        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *more, **options)
+    return mock.patch.object(F, norm.__name__, in_fp32)
+
+
+def blank_pairs(cfg, pipe):
+    """Stands in for the data of a run: a micro-batch without contents, and the shape of a latent.
+
+    With --encoded it holds what `pipe`, whose weights are on "meta", makes of images and prompts.
+    """
+    images = torch.zeros(2, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8)
+    pair, shape = {"images": images, "prompt": ""}, None
+    if cfg.encoded:
+        dpo.prepare_encoders(pipe, cfg, "meta")
+        latents = torch.zeros(dpo.encode_images(pipe, images.to("meta")).shape)
+        cond = dpo.encode_prompts(pipe, [""], cfg.resolution)
+        cond = {name: torch.zeros_like(one[0], device="cpu") for name, one in cond.items()}
+        pair, shape = {"latents": latents, "cond": cond}, latents.shape[1:]
+    pair |= {"epoch": 0, "row": 0, "unreadable": 0.0}
+    return SimpleNamespace(batch=default_collate(cfg.micro_batch * [pair]), shape=shape)
+
+
+def take_step(task, optimizer, meter):
+    """Take a step as dpo.train does, one that is not the first."""
+    cfg, parameters = task.cfg, optimizer.param_groups[0]["params"]
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    optimizer.step()  # the first one, which makes the optimizer's states
+    meter.mark("optimizer")
+
+    if cfg.batch == cfg.micro_batch:  # if not, gradients of other micro-batches are there
+        optimizer.zero_grad()
+    micro_step = meter.mark_parts(task)
+    micro_step(task, task.pairs.batch, cfg)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+
+
+@torch.no_grad()
+def take_pass(task, draws):
+    """What an evaluation does with a micro-batch, and `draws` for each pair."""
+    dpo.batch_errors(task, task.pairs.batch, draws, 0)
 
 
 def account(cfg):
-    """{part: bytes on a GPU} of a run, computed without its weights."""
-    task = dpo.StableDiffusion(cfg, torch.device("meta"), build_pipeline(cfg, "meta"))
-    policy = task.policy
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    frozen_network = policy if cfg.lora else task.reference
-    frozen = [p for p in frozen_network.parameters() if not p.requires_grad]
-    helpers = nn.ModuleList(part for name, part in task.pipe.components.items()
-                            if name == "vae" or name.startswith("text_encoder"))
+    """{column: bytes} of a run, and the part of a step where its peak is."""
+    whole = cfg.encoded and build_pipeline(cfg, "meta").to("meta")
+    pairs = blank_pairs(cfg, whole)
+    meter, fake = MemoryMeter(), FakeTensorMode(allow_non_fake_inputs=True)
+    with meter, moved_as_fakes(fake), as_on_cuda(F.group_norm), as_on_cuda(F.layer_norm):
+        pipe = build_pipeline(cfg, "meta").to("meta")
+        if cfg.encoded:
+            drop_encoders(pipe)
+        meter.highest("before loading")
+        task = dpo.StableDiffusion(cfg, torch.device("cpu"), pipe, pairs)
+        host, _ = meter.highest("loading")
+        weights = meter.live
 
-    buffers = size(policy.buffers())  # SD3's positions; with adapters there is one network
-    found = {
-        "policy": size(trained) + (0 if cfg.lora else buffers),
-        "gradients": size(trained),
-        "reference": size(frozen) + buffers,
-        "VAE, text encoders": size(helpers.parameters()),
-    }
-    cond = task.encode_prompts(2 * cfg.micro_batch * cfg.draws * ["a prompt"])
+        trained = [p for p in task.policy.parameters() if p.requires_grad]
+        optimizer = dpo.make_optimizer(trained, cfg)
+        with fake:
+            take_step(task, optimizer, meter)
+            peak, at = meter.highest("rest")
+            states = meter.live - weights
+            take_pass(task, math.gcd(cfg.draws, dpo.EVAL_DRAWS))
+            evaluation, _ = meter.highest("evaluation")
 
-    # Fake tensors say that they are on the CPU. Autocast would leave meta tensors as they are.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        policy.to_empty(device="cpu")
-        policy.times = torch.empty_like(policy.times, device="cpu")
-        cond = {name: torch.empty_like(each, device="cpu") for name, each in cond.items()}
-        activations = kept_by_autograd(policy, task.shape, cond, cfg)
-        if cfg.checkpointing and cfg.precision == "bf16":  # otherwise autograd has kept the copies
-            activations += sum(2 * p.numel() for module in policy.modules()
-                               if isinstance(module, (nn.Linear, nn.Conv2d))
-                               for p in module.parameters(False) if p.requires_grad)
-        found["activations"] = activations
-        found["optimizer"] = size_of_states(policy, cfg)
-    return found
-
-
-def size_of_states(policy, cfg):
-    """Bytes of the optimizer's states, which a step makes."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = dpo.make_optimizer(parameters, cfg)
-    for p in parameters:
-        p.grad = torch.empty_like(p)
-    optimizer.step()
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return size(value for value in values if torch.is_tensor(value))
-
-
-def kept_by_autograd(policy, shape, cond, cfg):
-    """Bytes that a forward pass leaves for the backward pass, without the policy's parameters."""
-    own = {p.untyped_storage()._cdata for p in policy.parameters()}
-    kept = {}  # holds the storages: otherwise another one could come to lie in the same place
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()  # several saved tensors may share one
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    def as_on_cuda(norm):  # there autocast computes these in fp32, on a CPU it does not
-        def in_fp32(x, *more, **options):
-            return norm(x.float(), *more, **options)
-        return mock.patch.object(F, norm.__name__, in_fp32)
-
-    n = len(cond["prompt"])
-    x_t, t = torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64)
-    with (as_on_cuda(F.group_norm), as_on_cuda(F.layer_norm),
-          torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"),
-          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
-        policy(x_t, t, **cond).float().square().sum()
-    return sum(storage.nbytes() for storage in kept.values())
+        with (mock.patch.object(dpo, "load_pipeline", lambda *_, **__: whole),
+              figure.all_parts(task), fake):
+            take_pass(task, 1)  # figure.py samples as many x_t at once, and encodes no images
+            meter.peaks = [each for each in meter.peaks if "encode" not in each]
+            task.pipe.vae.decode(torch.empty(cfg.micro_batch, *task.shape))
+        picture, _ = meter.highest("picture")
+    return {"weights": weights, "states": states, "peak": peak,
+            "at": at.removeprefix("policy "), "evaluation": evaluation, "picture": picture,
+            "host": host}
 
 
 def memory(flags):
     """The command `memory`."""
+    head, rows = MEMORY_FLAGS, MEMORY_ROWS.splitlines()
+    if flags:
+        head, rows = "", [" ".join(flags)]
     table = []
-    for row in [" ".join(flags)] if flags else MEMORY_ROWS:
-        found = account(parse(["--precision", "bf16", *row.split()]))
-        gib = {part: count / 2**30 for part, count in found.items()}
-        table.append({"GiB": row.removeprefix("--model ")} | gib | {"sum": sum(gib.values())})
+    for row in tqdm(rows, "memory", ncols=99, leave=False):
+        found = account(parse(["--precision", "bf16", *head.split(), *row.split()]))
+        found = {"held": found.pop("weights") + found.pop("states")} | found
+        gib = {name: value if name == "at" else value / 2**30 for name, value in found.items()}
+        table.append({head or "flags": row} | gib)
     print_table(table)
     if not flags:
         dpo.write_json(ROOT / "toy" / "cost_memory.json", table)
@@ -208,7 +340,7 @@ def print_table(rows):
 
 # ----------------------------------------------------------------------------------------- time
 
-class Clock:
+class Clock(Marks):
     """When the parts of each step were over, and how much memory each of them needed."""
 
     def __init__(self, device):
@@ -227,16 +359,6 @@ class Clock:
             unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         self.marks.append((part, when, peak))
-
-    def around(self, part, function):
-        """`function`, with a mark before it and one after it."""
-        @functools.wraps(function)
-        def marked(*inputs, **options):
-            self.mark("rest")
-            out = function(*inputs, **options)
-            self.mark(part)
-            return out
-        return marked
 
     def read(self):
         """[{part: seconds} of each step], which ends with its floor, and {part: bytes}."""
@@ -298,10 +420,8 @@ def train_by_the_clock(task, clock):
     make_optimizer, load_batches = dpo.make_optimizer, dpo.load_batches
     last_inputs = []
 
-    def after_forward(module, inputs, cond, out):
-        if torch.is_grad_enabled():  # with adapters the reference is a forward of the policy too
-            clock.mark("policy forward")
-            last_inputs[:] = inputs, cond
+    def keep_inputs(module, *inputs):
+        last_inputs[:] = inputs
 
     def floor():
         inputs, cond = last_inputs
@@ -328,11 +448,9 @@ def train_by_the_clock(task, clock):
         read = iter(load_batches(*given)).__next__
         return iter(clock.around("data wait", read), None)  # an iterator that calls read
 
-    policy.register_forward_hook(after_forward, with_kwargs=True)
-    task.encode = clock.around("encode", task.encode)
-    task.reference = clock.around("reference", reference)
-    micro_step = clock.around("backward", dpo.dpo_step)  # what is left of it at its end
-
+    policy.register_forward_pre_hook(keep_inputs, with_kwargs=True)
+    micro_step = clock.mark_parts(task)
+    task.content = dict  # random weights have no folder to tell them by
     task.save = lambda folder: folder.mkdir()  # the end of a run would write all weights
     with mock.patch.multiple(dpo, make_optimizer=timed_optimizer, load_batches=timed_batches,
                              save_checkpoint=mock.DEFAULT):  # and a stop writes no checkpoint
@@ -354,8 +472,11 @@ def time_steps(cfg, device):
         if not cfg.data:
             few.data = f"{folder}/pairs.parquet"
             make_pairs(few.data, cfg.resolution)
-        pairs = dpo.ImagePairs(few, cfg.split)
-        task = dpo.StableDiffusion(few, device, build_pipeline(cfg, device), pairs)
+        pairs = dpo.open_pairs(few, cfg.split)
+        pipe = build_pipeline(cfg, device)
+        if pairs.encoded:
+            drop_encoders(pipe)
+        task = dpo.StableDiffusion(few, device, pipe, pairs)
         clock = Clock(device)
         inputs, cond = train_by_the_clock(task, clock)
 
@@ -415,7 +536,7 @@ def report(cfg, found):
 
 
 def time_table():
-    """The command `time` without flags: three seeds of small models.
+    """The command `time` without flags: three seeds of small models, on images and encoded ahead.
 
     Times on a CPU say nothing about a GPU. How far the loop is from its floor carries over, and it
     gets closer to 1 the larger the model is.
@@ -424,14 +545,18 @@ def time_table():
     with tempfile.TemporaryDirectory() as folder:
         for kind, sizes, pixels in ("medium", MEDIUM, 128), ("tiny", SMALL, 64):
             make_tiny.assemble(**sizes).save_pretrained(f"{folder}/{kind}")
-            make_pairs(f"{folder}/{kind}.parquet", pixels)
-        for kind, pixels, flags in TIME_ROWS:
-            argv = (f"--model {folder}/{kind} --data {folder}/{kind}.parquet --resolution {pixels}"
+            images = Path(folder, f"{kind}-images")
+            images.mkdir()
+            make_pairs(images / "pairs.parquet", pixels)
+            encode.main(f"--model {folder}/{kind} --data {images} --resolution {pixels}"
+                        f" --out {folder}/{kind}-encoded".split())
+        for kind, pixels, data, flags in TIME_ROWS:
+            argv = (f"--model {folder}/{kind} --data {folder}/{kind}-{data} --resolution {pixels}"
                     f" --micro-batch 2 --timed-steps 8 {flags}").split()
             runs = [time_steps(parse([*argv, "--seed", str(seed)]), torch.device("cpu"))
                     for seed in range(3)]
             numbers = {name: sorted(run[name] for run in runs) for name in shown}
-            table.append({"UNet": kind, "flags": flags or "none"} | numbers)
+            table.append({"UNet": kind, "data": data, "flags": flags or "none"} | numbers)
     print_table(table)
     dpo.write_json(ROOT / "toy" / "cost_time.json", table)
 
@@ -441,6 +566,8 @@ def measure(flags):
     if not flags:
         return time_table()
     cfg = parse(flags)
+    if cfg.encoded:
+        raise dpo.UserError("--encoded is for memory; time sees by --data whether it is encoded")
     device = dpo.start_processes(torch.cuda.is_available())
     try:
         found = time_steps(cfg, device)

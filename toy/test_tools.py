@@ -4,9 +4,11 @@
 """
 
 import io
+import itertools
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -21,15 +23,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import cost
 import datasets
 import diffusers
+import encode
 import judge
 import make_tiny
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
 
 import diffusion_dpo as dpo
 
@@ -143,56 +149,128 @@ def flags_of(tiny, kind, more):
             f" --sample-every 0 {more}")
 
 
+def account(tiny, kind, more=""):
+    return cost.account(cost.parse(flags_of(tiny, kind, f"--precision bf16 {more}").split()))
+
+
+def bytes_of(*holders):
+    """The bytes of all tensors in modules and lists. What several share counts once."""
+    modules = [each for each in holders if isinstance(each, nn.Module)]
+    tensors = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    tensors += filter(torch.is_tensor, tree_leaves(holders))
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def encoders_of(pipe):
+    return [part for name, part in pipe.components.items() if re.match("vae|text_encoder", name)]
+
+
+def most_allocated(function):
+    """The most bytes that a call allocates at a time, as torch's profiler sees it on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events
+                     if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
 @pytest.mark.parametrize("kind, more", [
-    ("sdxl", "--optimizer adamw"), ("sd35", "--lora 2"), ("sd35", "--lora 0 --lr 1e-5")])
-def test_memory_is_that_of_a_run(tiny, tmp_path, monkeypatch, kind, more):
-    """Weights, gradients and states are those of a run after a step, its tensors counted."""
-    flags = flags_of(tiny, kind, f"--precision bf16 --batch 1 --steps 1 --out {tmp_path} {more}")
-    rows, cfg = [], dpo.parse(flags.split())
-    monkeypatch.setattr(cost, "print_table", rows.extend)
-    call(cost, "memory" + flags)
+    ("sd15", "--micro-batch 2"), ("sd15", "--micro-batch 1 --lora 2 --precision fp32"),
+    ("sdxl", "--micro-batch 2 --batch 2 --no-checkpointing"),
+    ("sd35", "--micro-batch 1"), ("sd35", "--micro-batch 2 --lora 0 --optimizer adafactor")])
+def test_memory_is_that_of_a_run(tiny, kind, more):
+    """Weights and states are those of a run, its tensors counted. The peaks of a second step and of
+    an evaluation are what the profiler sees: the CPU's kernels may need some more."""
+    flags = flags_of(tiny, kind, f"--precision bf16 --draws 10 --lr 1e-5 {more}").split()
+    found, cfg = cost.account(cost.parse(flags)), dpo.parse(flags)
+    cfg.eval_split = "train[:4]"
     task = dpo.make_task(cfg, torch.device("cpu"))
     trained = [p for p in task.policy.parameters() if p.requires_grad]
     optimizer = dpo.make_optimizer(trained, cfg)
-    monkeypatch.setattr(dpo, "make_optimizer", lambda *given: optimizer)
-    dpo.train(task, cfg)
+    batch = default_collate([task.pairs[0, row] for row in range(cfg.micro_batch)])
+    accumulates = cfg.batch > cfg.micro_batch
 
-    _, *parts, total = rows[0].values()
-    assert total == sum(parts)
-    found = {part: gib * 2**30 for part, gib in rows[0].items() if part != "GiB"}
-    reference = task.policy if cfg.lora else task.reference
-    frozen = [p for p in reference.parameters() if not p.requires_grad]
-    buffers = cost.size(task.policy.buffers())
-    assert found["policy"] == cost.size(trained) + (0 if cfg.lora else buffers)
-    assert found["gradients"] == cost.size(p.grad for p in trained)
-    assert found["reference"] == cost.size(frozen) + buffers
-    states = tree_leaves(optimizer.state_dict()["state"])
-    assert found["optimizer"] == cost.size(filter(torch.is_tensor, states))
+    with cost.as_on_cuda(F.group_norm), cost.as_on_cuda(F.layer_norm):
+        dpo.dpo_step(task, batch, cfg)
+        optimizer.step()
+        gradients = bytes_of([p.grad for p in trained])
+        states = gradients + bytes_of(optimizer.state_dict()["state"])
+        if not accumulates:
+            optimizer.zero_grad()
+        peak = most_allocated(lambda: dpo.dpo_step(task, batch, cfg))
+        evaluation = most_allocated(lambda: dpo.evaluate(task))
 
-
-class Layers(nn.Sequential):
-    def forward(self, x_t, t, prompt):
-        return super().forward(x_t)
-
-
-def test_activations_by_hand():
-    """In bf16 autograd keeps the inputs of both layers, once, and a copy of the second weight.
-
-    In fp32, as on CUDA, it keeps what is normed and squared, and the norm's mean and deviation.
-    """
-    layers = Layers(nn.Linear(3, 5, bias=False), nn.ReLU(),
-                    nn.Linear(5, 2, bias=False), nn.LayerNorm(2))
-    cfg = cost.parse(["--model", "sd15", "--precision", "bf16"])
-    found = cost.kept_by_autograd(layers, (3,), {"prompt": torch.zeros(7, 1)}, cfg)
-    assert found == 2 * (7 * 3 + 7 * 5 + 5 * 2) + 4 * (7 * 2 + 7 * 2 + 7 + 7)
+    networks = [task.policy] if cfg.lora else [task.policy, task.reference]
+    constants = [*vars(task).values(), task.policy.times, *vars(task.pipe.scheduler).values()]
+    weights = bytes_of(*networks, *encoders_of(task.pipe), constants)
+    assert (found["weights"], found["states"]) == (weights, states)
+    before = weights + states
+    assert before + evaluation == pytest.approx(found["evaluation"], rel=0.05)
+    assert before - (not accumulates) * gradients + peak == pytest.approx(found["peak"], rel=0.02)
 
 
-def test_checkpointing_saves_activations(tiny):
-    """It saves most of them, but not autocast's copies of the weights: 2 bytes for 4."""
-    flags = flags_of(tiny, "sd15", "--precision bf16 --micro-batch 1")
-    plain, less = (cost.account(cost.parse((flags + more).split()))
-                   for more in ("", " --checkpointing"))
-    assert 0.95 * plain["policy"] / 2 < less["activations"] < plain["activations"] / 1.5
+@pytest.mark.parametrize("kind", ["sdxl", "sd35"])
+def test_memory_of_data_encoded_ahead(tiny, kind):
+    """A run needs less by the VAE and the text encoders, on the GPU and while it is loaded. A
+    picture needs them again. On the host all is in fp32, and the network is there twice."""
+    images = account(tiny, kind, "--lora 0 --draws 20")
+    ahead = account(tiny, kind, "--lora 0 --draws 20 --encoded")
+    pipe = dpo.load_pipeline(f"{tiny}/tiny-{kind}")
+    network = pipe.transformer if kind == "sd35" else pipe.unet
+    assert ahead["host"] == pytest.approx(2 * bytes_of(network), rel=0.1)
+    assert images["host"] - ahead["host"] == pytest.approx(bytes_of(*encoders_of(pipe)), rel=0.1)
+
+    dpo.prepare_encoders(pipe, dpo.parse(["--model", kind, "--precision", "bf16"]), "cpu")
+    dropped = bytes_of(*encoders_of(pipe))
+    assert images["weights"] - ahead["weights"] == dropped
+    assert images["states"] == ahead["states"]
+    assert images["at"] == ahead["at"] != "encode"
+    assert images["peak"] - ahead["peak"] == pytest.approx(dropped, rel=0.01)
+    assert images["picture"] == pytest.approx(ahead["picture"], rel=0.01)
+
+
+def test_what_raises_and_lowers_the_peak(tiny):
+    """More draws raise it, and checkpointing lowers it."""
+    peaks = [account(tiny, "sd15", f"--micro-batch 2 {more}")["peak"]
+             for more in ("--draws 8 --checkpointing", "--draws 8", "--draws 16")]
+    assert peaks == sorted(set(peaks))
+
+
+def test_the_meter_by_hand():
+    """A view adds nothing, and what is freed counts no longer. Outside of it, nothing counts."""
+    meter = cost.MemoryMeter()
+    with meter:
+        x = torch.zeros(10)
+        x.view(2, 5).add_(1)
+        assert meter.highest("first") == (40, "first")
+        torch.cat([x.double(), x.double()])
+        meter.mark("second")
+        assert meter.highest("third") == (40 + 2 * 80 + 160, "second")
+    y = torch.zeros(10)
+    assert (meter.live, meter.peak, y.nbytes) == (40, 40, 40)
+
+
+def test_norms_as_on_cuda():
+    """Under autocast they compute in fp32, and elsewhere in the type of their input."""
+    x = torch.zeros(2, 4, dtype=torch.bfloat16)
+    with cost.as_on_cuda(F.layer_norm):
+        assert F.layer_norm(x, (4,)).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.layer_norm(x, (4,)).dtype == torch.float32
+
+
+def test_the_table_of_memory(capsys):
+    """cost_memory.json has its rows, computed as now. Printed, it fits 100 columns."""
+    table = read_json(ROOT / "toy" / "cost_memory.json")
+    assert [row[cost.MEMORY_FLAGS] for row in table] == cost.MEMORY_ROWS.splitlines()
+    cost.print_table(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    call(cost, f"memory {cost.MEMORY_FLAGS} {cost.MEMORY_ROWS.splitlines()[0]}")
+    printed = capsys.readouterr().out.split("|")
+    assert [cell.strip() for cell in printed[-7:-1]] == [
+        f"{value:.1f}" if isinstance(value, float) else value for value in [*table[0].values()][1:]]
 
 
 # ----------------------------------------------------------------------------------- cost: time
@@ -272,6 +350,17 @@ def test_a_published_model_needs_no_download(tmp_path, monkeypatch):
     assert found["world_size"] == found["timed_batch"] == 2
 
 
+def test_time_of_data_encoded_ahead(tiny, tmp_path, monkeypatch):
+    """Neither VAE nor text encoders are there."""
+    flags = flags_of(tiny, "sdxl", f"--batch 4 --out {tmp_path}/")
+    call(encode, flags + "set")
+    monkeypatch.setattr(dpo, "prepare_encoders", lambda pipe, *_: pipes.append(pipe))
+    pipes = []
+    call(cost, f"time {flags}cost --data {tmp_path}/set --timed-steps 1")
+    assert not any(encoders_of(pipes[0]))
+    assert read_json(tmp_path / "cost" / "time.json")["timed_batch"] == 4
+
+
 def test_a_signal_ends_it(tiny, tmp_path, capsys, monkeypatch):
     """The exit code is the signal's, and it says that nothing was timed."""
     monkeypatch.setattr(dpo, "metric_sums", lambda *given: (
@@ -283,6 +372,7 @@ def test_a_signal_ends_it(tiny, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("line, match", [
     ("time --toy", "--toy"), ("memory --model sd15 --evaluate x", "--evaluate"),
+    ("time --model sd15 --encoded", "--encoded"),
     ("time --model sd15 --timed-steps 0", "--timed-steps")])
 def test_wrong_input_of_cost(line, match):
     """It is refused by the name of the culprit."""
