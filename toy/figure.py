@@ -66,10 +66,10 @@ def make_sheet(task, path):
 def all_parts(task):
     """Within it, task.pipe has its VAE and text encoders, even if the data were encoded ahead."""
     before = task.pipe
-    if not before.vae:
-        task.pipe = dpo.load_pipeline(task.cfg.model, without="unet|transformer")
-        dpo.prepare_encoders(task.pipe, task.cfg, task.weight.device)
     try:
+        if not before.vae:
+            task.pipe = dpo.load_pipeline(task.cfg.model, without="unet|transformer")
+            dpo.prepare_encoders(task.pipe, task.cfg, task.weight.device)
         yield
     finally:
         task.pipe = before
