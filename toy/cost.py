@@ -81,8 +81,8 @@ sdxl --lora 16 --optimizer adamw --encoded
 sdxl --lora 16 --optimizer adamw
 sd35 --micro-batch 2 --encoded
 sd35 --micro-batch 2
-sd15 --micro-batch 4 --lora 16 --encoded
-sd15 --micro-batch 4 --lora 16
+sd15 --micro-batch 2 --lora 16 --encoded
+sd15 --micro-batch 2 --lora 16
 sd15 --checkpointing --optimizer adafactor --encoded
 sd15 --checkpointing --optimizer adafactor
 sd15 --checkpointing --encoded

@@ -15,6 +15,7 @@ The files of a split "train" are described in toy/tools.md.
 """
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -110,6 +111,8 @@ class Encoder:
         self.resolution, self.device = cfg.resolution, device
         # In a run in bf16 the network rounds its input more coarsely than fp16 rounds latents.
         self.dtype = torch.float32 if cfg.precision == "fp32" else torch.float16
+        side = cfg.resolution // self.pipe.vae_scale_factor
+        self.shape = self.pipe.vae.config.latent_channels, side, side
         dpo.prepare_encoders(self.pipe, cfg, device)
 
     def prompts(self, prompts):
@@ -119,7 +122,7 @@ class Encoder:
         return [dict(zip(cond, row, strict=True)) for row in rows]
 
     def images(self, images):
-        """The latents (B, 2, *shape) of images (B, 2, 3, H, W) uint8."""
+        """The latents (B, 2, *self.shape) of images (B, 2, 3, H, W) uint8."""
         latents = dpo.encode_images(self.pipe, images.flatten(0, 1).to(self.device))
         return latents.unflatten(0, (-1, 2)).to("cpu", self.dtype)
 
@@ -236,15 +239,15 @@ def encode(cfg, device):
             "content": pairs.content()} | settings(cfg)
     check_folder(out, note_file, note)
 
-    # An example of each kind tells the sizes.
+    # No images before the text encoders are gone: SD3.5's nearly fill a card of 12 GB.
     encoder = Encoder(cfg, device)
     nothing, = encoder.prompts([""])
-    black, = encoder.images(torch.zeros(1, 2, 3, cfg.resolution, cfg.resolution))
     bytes_of_prompt = sum(value.nbytes for value in nothing.values())
+    bytes_of_pair = 2 * math.prod(encoder.shape) * encoder.dtype.itemsize
     prompts = ["", *sorted({prompt for prompt in pairs.table["prompt"] if prompt})]
-    check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * black.nbytes)
+    check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * bytes_of_pair)
     prompt_files = shards(out, f"{base}-prompts", prompts, bytes_of_prompt)
-    pair_files = shards(out, f"{base}-latents", range(len(pairs)), black.nbytes)
+    pair_files = shards(out, f"{base}-latents", range(len(pairs)), bytes_of_pair)
     if dpo.is_main() and not note_file.exists():
         dpo.write_json(note_file, note)
     dpo.gather(None)  # from now on the note tells that the folder is ours, also after a kill
@@ -264,7 +267,7 @@ def encode(cfg, device):
                             f" read, more than 1 %. Mend them and remove {out}")
     if dpo.is_main():
         files = [*prompt_files, *pair_files]
-        note |= {"pairs": len(file_of), "prompts": len(prompts), "shape": list(black.shape[1:]),
+        note |= {"pairs": len(file_of), "prompts": len(prompts), "shape": encoder.shape,
                  "names": sorted(nothing), "no prompt": files[0].name,
                  "files": {file.name: file.stat().st_size for file in files},
                  "hash": dpo.hash_of_files(files)}
