@@ -1168,6 +1168,13 @@ def test_the_first_process_decides(monkeypatch):
         dpo.from_main(sys.exit)
 
 
+def test_the_first_process_names_the_checkpoint(out, monkeypatch):
+    """A shared disk may not have shown the newest one to it yet. Then all go on from the older."""
+    train_toy(out)
+    monkeypatch.setattr(dpo, "gather", lambda found: [found[1:], found])
+    assert dpo.load_checkpoint(out, toy_task(), SimpleNamespace(load_state_dict=dict)) == 6
+
+
 @pytest.mark.parametrize("number, bf16, named", [
     (1, True, "the number of GPUs here, 1"),
     (0, False, "--precision bf16")])
