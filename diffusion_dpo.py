@@ -1339,7 +1339,8 @@ def parse(argv=None, config=Config, presets=PRESETS):
         allow_abbrev=False)
     parser.error = refuse
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--toy", action="store_const", const="toy", dest="model")
+    models.add_argument("--toy", action="store_const", const="toy", dest="model",
+                        help="the toy in 2-D")
     models.add_argument("--model", help="sd15, sdxl, sd35, or a hub id or folder")
 
     # Each line `name: type = default  # meaning` of the classes is a flag. A subclass's line wins.

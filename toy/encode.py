@@ -60,7 +60,11 @@ class EncodedPairs(dpo.ImagePairs):
         for name, size in self.note["files"].items():
             if (self.root / name).stat().st_size != size:
                 raise ValueError(f"{name} should have {size} bytes; encode the set again")
-        changed = differences(self.note, settings(cfg))
+        here = settings(cfg)
+        if here.pop("encoders") != self.note["encoders"]:
+            raise ValueError(f"it was encoded by the VAE or text encoders of {self.note['model']},"
+                             f" and {cfg.model} has others")
+        changed = differences(self.note, here)
         if changed:
             raise ValueError(f"it was encoded with other flags: {changed}. Give the same ones here")
 

@@ -254,7 +254,7 @@ def main(argv=None):
     make_pairs(folder / "pairs.parquet")
     print(f"wrote {folder}/tiny-sd15, tiny-sdxl, tiny-sd35, tiny-clip and pairs.parquet\n"
           f"next: python diffusion_dpo.py --model {folder}/tiny-sdxl --data {folder}/pairs.parquet"
-          " \\\n          --resolution 64 --batch 8 --micro-batch 4 --steps 5")
+          " \\\n          --resolution 64 --batch 8 --steps 5")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_rows_keep_their_places(tiny, tmp_path):
 @pytest.mark.parametrize("flags, named", [
     ("--resolution 32", "resolution was 64 and is 32"),
     ("--precision bf16", "precision was fp32 and is bf16"),
-    ("--model {tiny}/tiny-other", "encoders was"),
+    ("--model {tiny}/tiny-other", "tiny-other has others"),
     ("--split test", "split test is")])
 def test_a_set_for_another_run_is_refused(tiny, encoded, flags, named):
     """The line names what differs, be it the last number of a VAE."""

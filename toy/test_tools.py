@@ -231,36 +231,6 @@ def test_memory_of_data_encoded_ahead(tiny, kind):
     assert images["picture"] == pytest.approx(ahead["picture"], rel=0.01)
 
 
-def test_what_raises_and_lowers_the_peak(tiny):
-    """More draws raise it, and checkpointing lowers it."""
-    peaks = [account(tiny, "sd15", f"--micro-batch 2 {more}")["peak"]
-             for more in ("--draws 8 --checkpointing", "--draws 8", "--draws 16")]
-    assert peaks == sorted(set(peaks))
-
-
-def test_the_meter_by_hand():
-    """A view adds nothing, and what is freed counts no longer. Outside of it, nothing counts."""
-    meter = cost.MemoryMeter()
-    with meter:
-        x = torch.zeros(10)
-        x.view(2, 5).add_(1)
-        assert meter.highest("first") == (40, "first")
-        torch.cat([x.double(), x.double()])
-        meter.mark("second")
-        assert meter.highest("third") == (40 + 2 * 80 + 160, "second")
-    y = torch.zeros(10)
-    assert (meter.live, meter.peak, y.nbytes) == (40, 40, 40)
-
-
-def test_norms_as_on_cuda():
-    """Under autocast they compute in fp32, and elsewhere in the type of their input."""
-    x = torch.zeros(2, 4, dtype=torch.bfloat16)
-    with cost.as_on_cuda(F.layer_norm):
-        assert F.layer_norm(x, (4,)).dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16):
-            assert F.layer_norm(x, (4,)).dtype == torch.float32
-
-
 def test_the_table_of_memory(capsys):
     """cost_memory.json has its rows, computed as now. Printed, it fits 100 columns."""
     table = read_json(ROOT / "toy" / "cost_memory.json")
