@@ -19,13 +19,15 @@ import math
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
@@ -55,11 +57,19 @@ class EncodedPairs(dpo.ImagePairs):
 
     def __init__(self, cfg, split, whole):
         super().__init__(cfg, split, whole)
-        self.note = json.loads((self.root / f"{dpo.base_of(split)}.json").read_text())
+        base = dpo.base_of(split)
+        names = [file.name for file in dpo.find_files(cfg.data, base)]
+        if len(names) > 1:  # such as test and test_unique
+            raise ValueError(f"{names} would all be split {base}; move other sets elsewhere")
+        note_file = self.root / f"{base}.json"
+        self.note = read_note(note_file)
+        if "hash" not in self.note:
+            raise ValueError(f"{note_file} is not the note of a whole set; end its encoding first")
         self.shape = tuple(self.note["shape"])
         for name, size in self.note["files"].items():
-            if (self.root / name).stat().st_size != size:
-                raise ValueError(f"{name} should have {size} bytes; encode the set again")
+            file = self.root / name
+            if file.stat().st_size != size or not is_whole(file, self.note):
+                raise ValueError(f"{name} should have {size} bytes, of this set; encode it again")
         here = settings(cfg)
         if here.pop("encoders") != self.note["encoders"]:
             raise ValueError(f"it was encoded by the VAE or text encoders of {self.note['model']},"
@@ -91,10 +101,34 @@ def open_tensors(file):
     return safe_open(file, "pt")
 
 
+def read_note(file):
+    """What encode() wrote into `file`, or {} if that holds something else. Raises OSError."""
+    with suppress(ValueError):
+        note = json.loads(file.read_text())
+        if isinstance(note, dict) and "encoders" in note:
+            return note
+    return {}
+
+
+def mark(file, note):
+    """The metadata of a file of tensors: from its name and from the set that it belongs to."""
+    own = "model", "data", "split", "content", "resolution", "precision", "encoders"
+    return {"set": dpo.hash_of([file.name, *(note.get(name) for name in own)])}
+
+
+def is_whole(file, note):
+    """Whether `file` is there, is not torn, and belongs to the set of this note."""
+    with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+        return tensors.metadata() == mark(file, note)
+    return False
+
+
 def settings(cfg):
     """What the tensors of an encoded set depend on, apart from the data. Raises UserError."""
-    files = [file for file in Path(dpo.find_model(cfg.model)).glob("*/*")
+    folder = Path(dpo.find_model(cfg.model))
+    files = [file for file in folder.glob("*/*")
              if re.match(f"{dpo.ENCODERS}|tokenizer", file.parent.name)]
+    files.append(folder / "model_index.json")  # tells what SDXL makes of an empty prompt
     return {"resolution": cfg.resolution, "precision": cfg.precision,
             "encoders": dpo.hash_of_files(files)}
 
@@ -143,11 +177,11 @@ def shards(out, name, items, bytes_each):
             for first in range(0, len(items), n)}
 
 
-def missing(files):
+def missing(files, note):
     """What is left for this process of {file: items}. The processes take files in turn."""
     rank, world = dpo.rank_and_world()
     own = list(files.items())[rank::world]
-    return {file: items for file, items in own if not file.exists()}
+    return {file: items for file, items in own if not is_whole(file, note)}
 
 
 def progress_bar(files, unit):
@@ -156,13 +190,14 @@ def progress_bar(files, unit):
                 disable=rank > 0)
 
 
-def write_tensors(file, tensors):
+def write_tensors(file, tensors, note):
     """Write {name: tensor}. The file appears when it is whole. Raises UserError."""
     with dpo.atomic_write(file) as partial:  # save_file() wants the numbers in the usual order
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial,
+                  mark(file, note))
 
 
-def write_prompts(encoder, files, cfg):
+def write_prompts(encoder, files, note, cfg):
     """Write the embeddings of {file: prompts}."""
     with progress_bar(files, "prompts") as bar:
         for file, prompts in files.items():
@@ -172,10 +207,10 @@ def write_prompts(encoder, files, cfg):
                 for prompt, embeddings in zip(few, encoder.prompts(few), strict=True):
                     tensors |= {f"{name} of {prompt}": embeddings[name] for name in embeddings}
                 bar.update(len(few))
-            write_tensors(file, tensors)
+            write_tensors(file, tensors, note)
 
 
-def write_latents(encoder, pairs, files, names, cfg):
+def write_latents(encoder, pairs, files, names, note, cfg):
     """Write the latents of {file: places in `pairs`}, under names[place].
 
     Unreadable pairs are left out.
@@ -191,7 +226,7 @@ def write_latents(encoder, pairs, files, names, cfg):
                 tensors |= {names[place]: latents for place, unreadable, latents in rows
                             if not unreadable}
                 bar.update(len(batch["row"]))
-            write_tensors(file, tensors)
+            write_tensors(file, tensors, note)
 
 
 def write_table(file, prompts, names, prompt_files, file_of):
@@ -212,10 +247,14 @@ def write_table(file, prompts, names, prompt_files, file_of):
 
 
 def check_folder(out, note_file, note):
-    """Raise UserError if `out` has files but no note, or if note_file is of another set."""
-    if any(out.glob("[!.]*")) and not any(out.glob("*.json")):
-        raise dpo.UserError(f"--out {out}: it holds other files; name a new folder")
-    changed = differences(json.loads(note_file.read_text()), note) if note_file.exists() else ""
+    """Raise UserError if `out` has files that are of no set, or if note_file is of another set."""
+    bases = "|".join(re.escape(file.stem) for file in out.glob("*.json") if read_note(file))
+    ours = re.compile(rf"({bases})(\.json|\.parquet|-(prompts|latents)-\d+\.safetensors)")
+    for file in sorted(out.glob("[!.]*")):
+        if not ours.fullmatch(file.name) and not (bases and file.is_dir()):
+            raise dpo.UserError(f"--out {out}: it holds other files, such as {file.name}; name a"
+                                " new folder")
+    changed = differences(read_note(note_file), note) if note_file.exists() else ""
     if changed:
         raise dpo.UserError(f"--out {out}: it holds another set: {changed}")
 
@@ -238,6 +277,9 @@ def encode(cfg, device):
         raise dpo.UserError(f"--data {cfg.data}: it is encoded already")
     pairs = dpo.ImagePairs(cfg, cfg.split, whole)
     out, base = Path(cfg.out), dpo.base_of(cfg.split)
+    for flag, folder in ("data", cfg.data), ("model", cfg.model):
+        if Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise dpo.UserError(f"--out {out}: it lies in --{flag}; name another folder")
     note_file = out / f"{base}.json"
     note = {"model": cfg.model, "data": cfg.data, "split": cfg.split,
             "content": pairs.content()} | settings(cfg)
@@ -250,6 +292,9 @@ def encode(cfg, device):
     bytes_of_pair = 2 * math.prod(encoder.shape) * encoder.dtype.itemsize
     prompts = ["", *sorted({prompt for prompt in pairs.table["prompt"] if prompt})]
     check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * bytes_of_pair)
+    lock = SimpleNamespace(out=out)  # takes the place of a run; it holds until this function ends
+    dpo.from_main(dpo.Run.lock, lock)
+    dpo.from_main(check_folder, out, note_file, note)  # another start may have been faster
     prompt_files = shards(out, f"{base}-prompts", prompts, bytes_of_prompt)
     pair_files = shards(out, f"{base}-latents", range(len(pairs)), bytes_of_pair)
     if dpo.is_main() and not note_file.exists():
@@ -258,17 +303,17 @@ def encode(cfg, device):
 
     # Latents get the name that their row will have in a run. It is new if --split is a part.
     names = {row: f"{place} of {base}" for place, row in enumerate(whole["row"])}
-    write_prompts(encoder, missing(prompt_files), cfg)
+    write_prompts(encoder, missing(prompt_files, note), note, cfg)
     encoder.drop_text_encoders()
     names_of_pairs = [names[row] for row in pairs.table["row"]]
-    write_latents(encoder, pairs, missing(pair_files), names_of_pairs, cfg)
+    write_latents(encoder, pairs, missing(pair_files, note), names_of_pairs, note, cfg)
     dpo.gather(None)  # wait for all files
 
     file_of = {name: file.name for file in pair_files for name in open_tensors(file).keys()}
     unreadable = len(pairs) - len(file_of)
-    if unreadable > max(1, len(pairs) / 100):
+    if unreadable > max(1, len(pairs) / 100) or not file_of:
         raise dpo.UserError(f"--data {cfg.data}: {unreadable} of {len(pairs)} pairs cannot be"
-                            f" read, more than 1 %. Mend them and remove {out}")
+                            f" read, more than 1 %. Mend them, and remove {base}* in {out}")
     if dpo.is_main():
         files = [*prompt_files, *pair_files]
         note |= {"pairs": len(file_of), "prompts": len(prompts), "shape": encoder.shape,

@@ -189,15 +189,28 @@ def test_a_set_for_another_run_is_refused(tiny, encoded, flags, named):
         task_of(f"{line} {flags.format(tiny=tiny)}")
 
 
-def test_a_torn_set_is_refused(encoded, tmp_path):
-    """So is one with a file missing."""
+def test_a_torn_set_is_refused_and_mended(tiny, encoded, tmp_path):
+    """So is one with a file missing, or with that of another set. Encoding again makes it whole."""
     folder = shutil.copytree(encoded[0], tmp_path / "set")
     file, = folder.glob("*latents*")
-    file.write_bytes(file.read_bytes()[:-1])
-    for _ in range(2):
+    whole = file.read_bytes()
+    make(tiny, "sd15", tmp_path / "other", "--split train[:-1]")
+    other = (tmp_path / "other" / file.name).read_bytes()
+    for content in (whole[:-1], other, b"x" * len(whole), None):
+        file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(dpo.UserError, match=file.name):
             task_of(f"{encoded[1]} --data {folder}")
-        file.unlink(missing_ok=True)
+        make(tiny, "sd15", folder)
+        assert file.read_bytes() == whole
+
+
+def test_splits_whose_names_begin_alike(encoded, tmp_path):
+    """They would be taken for one, so they are refused."""
+    folder = shutil.copytree(encoded[0], tmp_path / "set")
+    for name in ("test.parquet", "test_unique.parquet"):
+        shutil.copy(folder / "train.parquet", folder / name)
+    with pytest.raises(dpo.UserError, match="'test.parquet', 'test_unique.parquet'"):
+        task_of(f"{encoded[1]} --data {folder} --split test")
 
 
 def test_what_is_not_encoded(tiny, encoded, tmp_path):
@@ -205,8 +218,12 @@ def test_what_is_not_encoded(tiny, encoded, tmp_path):
     folder, line = encoded
     before = contents(folder)
     images = sd_line(tiny, "tiny-sd15")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.json").write_text("[]")
     for flags, named in [
             (f"{images} --out {tiny}", "it holds other files"),
+            (f"{images} --out {tmp_path}/mine", "it holds other files, such as train.json"),
+            (f"{images} --out {tiny}/tiny-sd15/new", "it lies in --model"),
             (f"{images} --out {folder} --split train[:5]", "split was train and is train[:5]"),
             (f"{line} --out {tmp_path}/new", "encoded already"),
             (f"--toy --out {tmp_path}/new", "--toy")]:
