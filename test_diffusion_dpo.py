@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 from functools import partial
@@ -43,10 +44,13 @@ from peft import get_peft_model_state_dict
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import distributions
+from tqdm import tqdm
 
 import diffusion_dpo as dpo
 from toy import distance
 
+# tqdm's own lock is shared with forked processes. One that is killed may hold it for ever.
+tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)  # two processes of a test on two cores; and sums in one order
 datasets.disable_progress_bars()
 for library in (diffusers, transformers):
