@@ -455,8 +455,8 @@ def gather(value):
         dist.all_gather_object(values, value)
     return values
 
-def from_main(check, *inputs):
-    """check(*inputs), called by process 0 alone. All processes raise its UserError."""
+def check_on_main(check, *inputs):
+    """Let process 0 alone call check(*inputs). If it raises a UserError, all processes raise it."""
     error = None
     if is_main():
         try:
@@ -480,14 +480,14 @@ def start_processes(use_gpu, precision="fp32"):
                             f" {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError("--precision bf16: this GPU has none; --precision fp32 is right here")
+            raise UserError("--precision bf16: this GPU cannot do it; use --precision fp32")
     if "RANK" in os.environ:
         # After a restart torchrun's store still lists the ended processes. A prefix hides them.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store,
                                 rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))  # others wait for a picture that long
+                                timeout=timedelta(hours=1))  # process 0 may draw pictures for long
     return device
 
 def ignore_signals(worker):
@@ -511,8 +511,8 @@ def make_optimizer(parameters, cfg):
 
 def one_line(error):
     """The messages of an error and of its cause in one line, or its type if it has no message."""
-    words = " ".join(f"{error} {error.__cause__ or ''}".split())  # datasets has reasons in causes
-    shown = [c if c.isprintable() else "?" for c in words]  # a path may hold orders to the terminal
+    words = " ".join(f"{error} {error.__cause__ or ''}".split())  # datasets has it in the cause
+    shown = [c if c.isprintable() else "?" for c in words]  # a path may have a terminal's codes
     return "".join(shown)[:400] or type(error).__name__
 
 @contextmanager
@@ -594,8 +594,8 @@ class Run:
     def __init__(self, task, cfg, optimizer):
         self.task, self.cfg, self.out = task, cfg, Path(cfg.out)
         self.content = task.content()  # hashes of the data and the weights
-        from_main(check_out, cfg, self.content)  # part 9: refuses the folder of another run
-        from_main(self.lock)
+        check_on_main(check_out, cfg, self.content)  # part 9: refuses the folder of another run
+        check_on_main(self.lock)
         self.save = functools.partial(save_checkpoint, self.out, task, optimizer)
         self.first_step = load_checkpoint(self.out, task, optimizer)
         self.check_processes()
@@ -932,7 +932,7 @@ def crop_square(image, size, u, v, flip):
 class ImagePairs:
     """The pairs in a split of --data, without its ties. Images are decoded when asked for."""
 
-    encoded = False  # toy/encode.py has a class of pairs that are
+    encoded = False  # True for EncodedPairs of toy/encode.py
 
     def __init__(self, cfg, split, whole):
         decided = [row for row, label in enumerate(whole["label"]) if label in (0, 1)]
@@ -1075,7 +1075,12 @@ def read_schedule(pipe):
 
 
 def prepare_encoders(pipe, cfg, device):
-    """Freeze the VAE and the text encoders of a pipeline, as far as it has them, and move them."""
+    """Freeze the VAE and the text encoders of a pipeline, as far as it has them, and move them.
+
+    Raises UserError for a VAE whose latents are not only scaled.
+    """
+    if pipe.vae and "XL" in type(pipe).__name__ and pipe.vae.config.latents_mean:
+        raise UserError("--model: its VAE has latents_mean; this script knows SDXL's own VAE only")
     for name, part in pipe.components.items():
         if re.match(ENCODERS, name) and part:
             # Only the VAE stays in fp32: SDXL's overflows in fp16, and bf16 would round latents.
@@ -1431,7 +1436,7 @@ def main(argv=None):
     cfg = parse(argv)
     device = start_processes(torch.cuda.is_available() and cfg.model != "toy", cfg.precision)
     if cfg.evaluate is None:
-        from_main(check_out, cfg)  # before a model is loaded; Run checks again, with its content
+        check_on_main(check_out, cfg)  # before a model is loaded; Run checks its content, too
     task = make_task(cfg, device)
     if cfg.evaluate is None:
         rows = train(task, cfg)

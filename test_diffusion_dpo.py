@@ -736,6 +736,14 @@ def test_other_files_of_a_model(tiny, tmp_path):
         dpo.load_pipeline(str(tmp_path))
 
 
+def test_latents_with_a_mean_are_refused(tiny):
+    """SDXL's pipeline would undo the mean of such a VAE, which training does not know."""
+    of_vae = {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    make_tiny.make_model(tiny / "latents", "sdxl", vae=make_tiny.TINY["sdxl"]["vae"] | of_vae)
+    with pytest.raises(dpo.UserError, match="latents_mean"):
+        sd_task(tiny, "latents")
+
+
 @pytest.mark.parametrize("part, scheduler", [
     ("unet", diffusers.FlowMatchEulerDiscreteScheduler()),
     ("transformer", diffusers.DDPMScheduler()),
@@ -1169,7 +1177,7 @@ def test_the_first_process_decides(monkeypatch):
     monkeypatch.setattr(dpo, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(dpo, "gather", lambda mine: [dpo.UserError("there"), mine])
     with pytest.raises(dpo.UserError, match="there"):
-        dpo.from_main(sys.exit)
+        dpo.check_on_main(sys.exit)
 
 
 def test_the_first_process_names_the_checkpoint(out, monkeypatch):
@@ -1644,8 +1652,8 @@ def test_the_file_stays_small():
     path = ROOT / "diffusion_dpo.py"
     lines = path.read_text().splitlines()
     tokens, functions = measure(path)
-    assert len(lines) <= 1470
-    assert sum(tokens) <= 10_270 and sum(tokens) / len(tokens) <= 10.8
+    assert len(lines) <= 1480
+    assert sum(tokens) <= 10_290 and sum(tokens) / len(tokens) <= 10.8
     assert tokens[int(0.9 * len(tokens))] <= 21
     assert len(FLAGS) + 1 <= 30  # --toy
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
@@ -1657,4 +1665,4 @@ def test_the_tests_stay_small():
     toy = ROOT / "toy"
     paths = [ROOT / "test_diffusion_dpo.py", toy / "conftest.py", *toy.glob("test_*.py")]
     tokens = [count for path in paths for count in measure(path)[0]]
-    assert sum(tokens) <= 28_310 and sum(tokens) / len(tokens) <= 12.5
+    assert sum(tokens) <= 28_380 and sum(tokens) / len(tokens) <= 12.5

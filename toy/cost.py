@@ -568,7 +568,7 @@ def measure(flags):
     cfg = parse(flags)
     if cfg.encoded:
         raise dpo.UserError("--encoded is for memory; time sees by --data whether it is encoded")
-    device = dpo.start_processes(torch.cuda.is_available())
+    device = dpo.start_processes(torch.cuda.is_available(), cfg.precision)
     try:
         found = time_steps(cfg, device)
     except SystemExit:  # dpo.train says that its steps are saved

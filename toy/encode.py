@@ -64,7 +64,7 @@ class EncodedPairs(dpo.ImagePairs):
         note_file = self.root / f"{base}.json"
         self.note = read_note(note_file)
         if "hash" not in self.note:
-            raise ValueError(f"{note_file} is not the note of a whole set; end its encoding first")
+            raise ValueError(f"{note_file} is not of a whole set; finish encoding it first")
         self.shape = tuple(self.note["shape"])
         for name, size in self.note["files"].items():
             file = self.root / name
@@ -293,8 +293,8 @@ def encode(cfg, device):
     prompts = ["", *sorted({prompt for prompt in pairs.table["prompt"] if prompt})]
     check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * bytes_of_pair)
     lock = SimpleNamespace(out=out)  # takes the place of a run; it holds until this function ends
-    dpo.from_main(dpo.Run.lock, lock)
-    dpo.from_main(check_folder, out, note_file, note)  # another start may have been faster
+    dpo.check_on_main(dpo.Run.lock, lock)
+    dpo.check_on_main(check_folder, out, note_file, note)  # another start may have been faster
     prompt_files = shards(out, f"{base}-prompts", prompts, bytes_of_prompt)
     pair_files = shards(out, f"{base}-latents", range(len(pairs)), bytes_of_pair)
     if dpo.is_main() and not note_file.exists():

@@ -209,7 +209,7 @@ def score_images(task, jobs, paths, scorers):
 def compare(args):
     """Scorers judge what reference and policy make of the same prompts from the same noise."""
     prompts, cfg, out = read_prompts("--prompts", args.prompts), settings(args), Path(args.out)
-    device = dpo.start_processes(torch.cuda.is_available())
+    device = dpo.start_processes(torch.cuda.is_available(), cfg.precision)
     scorers = {name: load_scorer(name, device) for name in args.scorers.split(",")}
     task = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
     weights = dpo.load_weights(task, args.policy)

@@ -355,7 +355,8 @@ def print_range(cfg):
 def main(argv=None):
     cfg = parse(argv)
     dpo.check_out(cfg)
-    device = dpo.start_processes(torch.cuda.is_available() and cfg.model != "toy")
+    device = dpo.start_processes(
+        torch.cuda.is_available() and cfg.model != "toy", cfg.precision)
     task = make_task(cfg, device)
     levels = len(task.weight)
     if cfg.sampling_steps > levels:
