@@ -556,6 +556,15 @@ def write_json(path, content):
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
+def lock_folder(out):
+    """Raise UserError if another process is at work in `out`. The lock ends with this process."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock_folder.file = open(out / ".lock", "w")  # it stays open: closing it unlocks it
+    try:
+        fcntl.lockf(lock_folder.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is at work in it") from None
+
 def save_checkpoint(out, task, optimizer, step):
     """Write out/checkpoint-STEP, and keep only the two that were written last."""
     if is_main():
@@ -595,7 +604,7 @@ class Run:
         self.task, self.cfg, self.out = task, cfg, Path(cfg.out)
         self.content = task.content()  # hashes of the data and the weights
         check_on_main(check_out, cfg, self.content)  # part 9: refuses the folder of another run
-        check_on_main(self.lock)
+        check_on_main(lock_folder, self.out)
         self.save = functools.partial(save_checkpoint, self.out, task, optimizer)
         self.first_step = load_checkpoint(self.out, task, optimizer)
         self.check_processes()
@@ -622,15 +631,6 @@ class Run:
         if epochs > 20:
             print(f"WARNING     {epochs:.0f} epochs; the paper's run has 4.8. Lower --steps?")
         write_json(self.out / "config.json", {"config": asdict(cfg) | self.content})
-
-    def lock(self):
-        """Raise UserError if another run is at work in --out. A lock ends with its process."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.out / ".lock", "w")  # it stays open: closing it unlocks it
-        try:
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {self.out}: another run is at work in it") from None
 
     def check_processes(self):
         """Raise UserError unless all processes have the same step, data, model and weights."""

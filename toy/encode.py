@@ -23,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet
 import torch
@@ -292,8 +291,7 @@ def encode(cfg, device):
     bytes_of_pair = 2 * math.prod(encoder.shape) * encoder.dtype.itemsize
     prompts = ["", *sorted({prompt for prompt in pairs.table["prompt"] if prompt})]
     check_disk(out, base, len(prompts) * bytes_of_prompt + len(pairs) * bytes_of_pair)
-    lock = SimpleNamespace(out=out)  # takes the place of a run; it holds until this function ends
-    dpo.check_on_main(dpo.Run.lock, lock)
+    dpo.check_on_main(dpo.lock_folder, out)
     dpo.check_on_main(check_folder, out, note_file, note)  # another start may have been faster
     prompt_files = shards(out, f"{base}-prompts", prompts, bytes_of_prompt)
     pair_files = shards(out, f"{base}-latents", range(len(pairs)), bytes_of_pair)
