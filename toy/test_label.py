@@ -1,0 +1,231 @@
+"""Tests of label.py. Each docstring is one claim.
+
+    pytest toy/test_label.py        # a quarter of a minute, no network; the page needs Chromium
+"""
+
+import http.client
+import itertools
+import json
+import random
+import shutil
+import threading
+
+import pytest
+from PIL import Image, PngImagePlugin
+from test_tools import refused
+
+import diffusion_dpo as dpo
+from toy import label
+
+PAIRS = [("a cat", f"images/{n}-0.png", f"images/{n}-1.png") for n in range(25)]
+
+
+@pytest.fixture
+def choices(tmp_path):
+    """25 pairs to choose from."""
+    made = label.Choices(tmp_path, 25, seed=0)
+    for prompt, *images in PAIRS:
+        made.add(prompt, [image.removeprefix("images/") for image in images])
+    made.end()
+    return made
+
+
+def choose_first(choices):
+    """Choose the first image of the pair, wherever it is shown."""
+    (_, left, _) = choices.shown()
+    choices.choose(len(choices.lines), "right" if left else "left")
+
+
+def test_choices_become_labels(choices):
+    """All pairs are shown, and 2 of 25 again, each after ten others. Who always prefers the first
+    image agrees with themselves, and each pair is labelled once. Chance decides who is left."""
+    while choices.shown():
+        choose_first(choices)
+    state = choices.state()
+    assert (state["turn"], state["turns"], state["decided"]) == (27, 27, 25)
+    assert (state["same"], state["again"], state["complete"]) == (2, 2, True)
+    table = dpo.load_pairs(str(choices.out), "train")
+    assert [label for label in table["label"] if label is not None] == [1] * 25
+    assert [place for place, label in enumerate(table["label"]) if label is None] == [10, 21]
+    shown = [label.pair_of(line) for line in choices.lines]
+    assert shown[10] in shown[:5] and shown[21] in shown[11:16]
+    assert 5 < sum(line["left"] for line in choices.lines) < 22
+
+
+def test_a_second_start_goes_on(choices):
+    """After a kill nothing is lost. Undo brings the same pair back, with the same sides. A choice
+    for an earlier turn, as by a double click or in a second tab, changes nothing."""
+    for _ in range(12):
+        choose_first(choices)
+    before = choices.shown()
+    choices.choose(12, "tie")
+    again = label.Choices(choices.out, 25, seed=0)
+    again.pairs, after = choices.pairs, choices.shown()
+    assert again.lines == choices.lines and again.shown() == after
+    again.choose(12, "left")
+    assert again.shown() == after
+    again.choose(13, "undo")
+    assert again.shown() == before and again.state()["ties"] == 0
+
+
+def write_png(file, **texts):
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16), random.choice(["red", "blue"])).save(file, pnginfo=info)
+
+
+GRAPH = {"1": {"inputs": {"text": "blurry"}}, "2": {"inputs": {"text": ["3", 0], "clip": ["9", 1]}},
+         "3": {"inputs": {"value": "a cat"}}, "4": {"inputs": {"conditioning": ["2", 0]}}}
+SAMPLER = {"0": {"inputs": {"negative": ["1", 0], "positive": ["4", 0]}}}
+
+
+@pytest.mark.parametrize("texts, prompt", [
+    ({"prompt": json.dumps(GRAPH | SAMPLER)}, "a cat"),
+    ({"prompt": json.dumps(GRAPH)}, "a cat"),
+    ({"parameters": "a dog\nNegative prompt: ugly\nSteps: 20, Sampler: Euler"}, "a dog"),
+    ({"prompt": "{torn"}, "pets"),
+    ({}, "pets")])
+def test_the_prompt_of_an_image(tmp_path, texts, prompt):
+    """It is what ComfyUI or AUTOMATIC1111 have written into it, or else the folder's name. A text
+    file beside the image goes before both."""
+    file = tmp_path / "pets" / "a.png"
+    write_png(file, **texts)
+    assert label.prompt_of(file, tmp_path) == prompt
+    file.with_suffix(".txt").write_text("a bird\n")
+    assert label.prompt_of(file, tmp_path) == "a bird"
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_everyone_meets_everyone(n):
+    """All pairs of n images come once. An image comes once in the first n // 2 pairs."""
+    pairs = list(label.tournament(range(n), seed=0))
+    assert {frozenset(pair) for pair in pairs} == {
+        frozenset(pair) for pair in itertools.combinations(range(n), 2)}
+    assert len(pairs) == n * (n - 1) / 2
+    assert len({image for pair in pairs[:n // 2] for image in pair}) == n // 2 * 2
+
+
+def arguments(line):
+    return label.parse(line.split())
+
+
+def test_pairs_are_drawn_once(tiny, tmp_path, monkeypatch):
+    """The two images of a pair differ, and the policy's are others. What is there is not drawn
+    again. A tiny model draws at its own size and without guidance."""
+    (tiny / "prompts.txt").write_text("a cat\n")
+    line = f"--model {tiny}/tiny-sd15 --prompts {tiny}/prompts.txt --pairs 1 --out x"
+    contents = set()
+    for more in "", f"--policy {tiny}/tiny-sd15/unet":
+        args = arguments(f"{line} {more}")
+        source = label.Drawn(args, label.settings(args))
+        assert (source.cfg.guidance, source.cfg.resolution) == (1.0, 64)
+        (prompt, names), = source.make(tmp_path / more[:5])
+        assert prompt == "a cat"
+        contents |= {(tmp_path / more[:5] / "images" / name).read_bytes() for name in names}
+    assert len(contents) == 4
+    monkeypatch.setattr(label, "open_task", None)
+    assert list(source.make(tmp_path / "--pol")) == [(prompt, names)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with 12 images of two prompts and one that is torn."""
+    for prompt, n in itertools.product(("a cat", "a dog"), range(6)):
+        image = Image.effect_noise((16, 16), 9 + n)
+        (tmp_path / "photos" / prompt).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "photos" / prompt / f"{n}.png")
+    (tmp_path / "photos" / "a dog" / "torn.png").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def served(folder, tmp_path):
+    """The address of a page with 11 pairs of the folder, and the choices."""
+    source = label.Existing(arguments(f"--data {folder} --pairs 11 --out x"))
+    choices = label.Choices(tmp_path / "out", 11, seed=0)
+    for pair in source.make(choices.out):
+        choices.add(*pair)
+    choices.end()
+    server = label.Server(0, choices, "python diffusion_dpo.py ...")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, choices
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status, method, path, body, headers", [
+    (200, "POST", "/choice", '{"turn": 0, "choice": "left"}', {}),
+    (400, "POST", "/choice", '{"turn": 0, "choice": "best"}', {}),
+    (400, "POST", "/choice", '{"turn": 0', {}),
+    (400, "POST", "/choice", '[1]', {}),
+    (400, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Content-Type": "text/plain"}),
+    (400, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Content-Length": "9999"}),
+    (403, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Origin": "http://evil.example"}),
+    (403, "GET", "/state", None, {"Host": "evil.example:80"}),
+    (404, "GET", "/images/../pairs.jsonl", None, {}),
+    (404, "GET", "/images/%2e%2e/pairs.jsonl", None, {}),
+    (501, "PUT", "/choice", "{}", {})])
+def test_requests(served, status, method, path, body, headers):
+    """A choice is taken from the page alone. Other hosts, paths and texts are refused."""
+    port, choices = served
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+    assert connection.getresponse().status == status
+    assert len(choices.lines) == (status == 200)
+
+
+def test_what_cannot_be_shown(tiny, folder, tmp_path):
+    """It is refused in one line, and nothing that is there is overwritten."""
+    drawn = f"--model {tiny}/tiny-sd15 --out {tmp_path}"
+    refused("--prompts is missing", label, drawn)
+    refused("is missing; it says what is shown", label, "--out x")
+    refused("--guidance: it has no meaning", label, f"--data {folder} --guidance 2 --out x")
+    refused("it lies in --data", label, f"--data {folder} --out {folder}/out")
+    refused("holds other files", label, f"--data {folder} --out {tmp_path}")
+    shutil.rmtree(folder / "a dog")
+    shutil.rmtree(folder / "a cat")
+    write_png(folder / "a cat" / "1.png")
+    refused("no two of its 1 images", label, f"--data {folder} --out x")
+
+
+def test_the_page(served, tiny, tmp_path):
+    """A person chooses by keys, mouse and touch, takes choices back, and reloads the page in the
+    middle. In the end it says how to train, and the choices train."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
+    port, choices = served
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_context(has_touch=True).new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+
+        def do(action, turn):
+            action()
+            sync_api.expect(page.locator("#done")).to_contain_text(f"{turn} of 12")
+            page.wait_for_selector("#pair[aria-busy=false], #pair[hidden]", state="attached")
+
+        def press(key, turn):
+            do(lambda: page.keyboard.press(key), turn)
+
+        do(lambda: None, 0)
+        press("ArrowLeft", 1)
+        press("ArrowRight", 2)
+        press(" ", 3)
+        lines = choices.lines
+        assert [line["answer"] for line in lines] == [
+            1 - lines[0]["left"], lines[1]["left"], 0.5]
+        press("Backspace", 2)
+        do(lambda: page.click("#left"), 3)
+        do(lambda: page.tap("#right"), 4)
+        do(page.reload, 4)
+        for turn in range(5, 13):
+            press("ArrowLeft", turn)
+        sync_api.expect(page.locator("#agreement")).to_contain_text("of 1 pairs")
+        assert page.inner_text("#command") == "python diffusion_dpo.py ..."
+        browser.close()
+
+    line = f"--model {tiny}/tiny-sd15 --data {choices.out} --resolution 16 --steps 1 --batch 11"
+    dpo.main([*line.split(), "--sample-every", "0", "--out", str(tmp_path / "run")])
+    assert len(json.loads((tmp_path / "run" / "metrics.jsonl").read_text())) > 5
