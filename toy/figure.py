@@ -10,8 +10,8 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ def draw(task, path, rows, *measured):
     else:
         numbers, densities = measured or distance.measure_toy(task)
         plot_toy(task, path, rows, numbers, densities)
+
+
+WIDTH, DPI = 10.6, 150  # on a slide of 1280 pixels, capitals are then at least 12 pixels high
+
+# The colours of Okabe and Ito differ for the colour-blind too. Several runs also have markers.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"]
+MARKERS = "os^DvP"
+BLUE, VERMILLION = COLOURS[:2]
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -129,37 +137,56 @@ def network_of(task, side):
 # ---------------------------------------------------------------------------------------- the toy
 
 def plot_toy(toy, path, rows, numbers, densities):
-    """Above: some pairs, and the densities on one colour scale. Below: how the training went."""
+    """Above and large: some pairs, and the densities. Below: how the training went."""
     pyplot = load_pyplot()
-    figure = pyplot.figure(figsize=(16, 7), layout="constrained")
-    above, below = figure.subfigures(2, 1)
-    plot_pairs_and_densities(above.subplots(1, 5), toy, numbers, densities)
-    axes = below.subplots(1, 4)
-    plot_limits(axes, toy)
-    plot_metrics(axes, rows)
+    figure = pyplot.figure(figsize=(WIDTH, 5.1), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(7, 5))
+
+    shown = {"xlim": (-4, 4), "ylim": (-4, 4), "xticks": [], "yticks": [], "aspect": "equal"}
+    pairs, *others = above.subplots(1, 5, subplot_kw=shown)
+    plot_pairs(pairs, toy)
+    plot_densities(others, numbers, densities)
+
+    curves = below.subplots(1, 4)
+    plot_limits(curves, toy)
+    plot_metrics(curves, rows, 1 + len(rows) // POINTS)
 
     cfg = toy.cfg
-    above.suptitle(f"{cfg.method} on the toy: beta {cfg.beta:g}, gamma {cfg.gamma:g},"
+    below.suptitle(f"the training: {cfg.method}, beta {cfg.beta:g}, gamma {cfg.gamma:g},"
                    f" {cfg.draws} draws per pair, seed {cfg.seed}")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
-def plot_pairs_and_densities(axes, toy, numbers, densities):
-    """A panel with 400 of the pairs, and then one for each density."""
-    box = (-distance.EXTENT, distance.EXTENT)
-    first, *others = axes
-    first.scatter(*toy.pairs.x_l[:400].T, s=5, c="tab:red", label="rejected")
-    first.scatter(*toy.pairs.x_w[:400].T, s=5, c="tab:green", label="preferred")
-    first.set(xlim=box, ylim=box, aspect="equal", title="400 of the pairs")
-    first.legend()
+def plot_pairs(ax, toy):
+    """200 of the pairs, and their legend in place of a title."""
+    ax.scatter(*toy.pairs.x_w[:200].T, s=9, c=BLUE, label="preferred")
+    ax.scatter(*toy.pairs.x_l[:200].T, s=12, c=VERMILLION, marker="x", label="rejected")
+    ax.legend(title="200 of the pairs", title_fontsize="large", frameon=False,
+              loc="lower center", bbox_to_anchor=(0.5, 1), labelspacing=0.2)
 
-    titles = {"reference": "reference p_ref, closed form", "optimum": "optimum p*, closed form",
-              "policy": "policy p_theta, by DDPM", "policy_ode": "the same, by an ODE"}
-    brightest = densities["optimum"].max()
-    for ax, name in zip(others, densities, strict=True):
-        ax.imshow(densities[name].T, origin="lower", extent=box + box, vmax=brightest)
-        ax.set_title(f"{titles[name]}\nTV to p* = {numbers[f'tv_{name}']:.3f}")
+
+def plot_densities(axes, numbers, densities):
+    """A panel for each density, with a line around most of p*. All share a scale of colours."""
+    titles = {"reference": "reference,\nbefore training",
+              "optimum": "optimum p*,\ndashed: most of it",
+              "policy": "policy, sampled\nby DDPM (noise)",
+              "policy_ode": "the same weights\nby ODE (no noise)"}
+    box = 2 * (-distance.EXTENT, distance.EXTENT)
+    optimum = densities["optimum"].T
+    highest = optimum.max()
+    for ax, (name, p) in zip(axes, densities.items(), strict=True):
+        tv = numbers[f"tv_{name}"]
+        ax.set_title(f"{titles[name]}\nTV to p* {tv:.3f}")
+        if tv > numbers["tv_reference"]:
+            ax.set_xlabel("worse than the reference")
+
+        # The root shows what is faint. The line is drawn where p* is a tenth of its highest value.
+        ax.imshow(p.T.sqrt(), vmax=highest.sqrt(), origin="lower", extent=box)
+        ax.contour(optimum, [highest / 10], extent=box, colors="white", linestyles="--")
+
+    axes[0].set_xlabel("colour: sqrt(density)")
+    axes[2].set_xlabel(f"floor: {numbers['tv_floor']:.3f}")
 
 
 def plot_limits(axes, toy):
@@ -175,65 +202,47 @@ def plot_limits(axes, toy):
     if toy.cfg.method in ("dpo", "sft"):
         limits.append((axes[1], 0.5, (true_logit > 0).double().mean()))
     for ax, nothing, everything in limits:
-        ax.axhline(nothing, c="gray", ls=":", label="knows nothing")
+        ax.axhline(nothing, c="black", ls=":", label="knows nothing")
         ax.axhline(everything, c="black", ls="--", label="the labels' reward")
+    if limits:
+        limits[0][0].legend()
 
 
 # ---------------------------------------------------------------------------------------- metrics
 
-class Curve(NamedTuple):
-    """A metric in one of the panels. `minus` names a metric to subtract from it."""
-
-    metric: str
-    label: str
-    colour: str
-    minus: str | None = None
-    style: str = "-"  # this one and the next are for several runs, which have a colour each
-    legend: str = ""
-
-
-PANELS = {
-    "loss": [Curve("loss", "policy", "tab:blue")],
-    "reward accuracy": [
-        Curve("reward_accuracy", "policy", "tab:blue", legend=" (dotted: held-out pairs)")],
-    "error of policy - error of reference": [
-        Curve("err_policy_w", "preferred", "tab:green", "err_ref_w"),
-        Curve("err_policy_l", "rejected", "tab:red", "err_ref_l", "--", " (dashed: rejected)")],
-    "logit": [
-        Curve("reward_margin", "mean (reward margin)", "tab:blue"),
-        Curve("logit_std", "standard deviation", "tab:orange", None, "--", " (dashed: std)")],
+PANELS = {  # title: {metric: None or what is subtracted from it}
+    "loss": {"loss": None},
+    "reward accuracy:\nbatch (solid), held out (dotted)": {"reward_accuracy": None},
+    "error, policy - reference:\npreferred (solid), rejected (dashed)": {
+        "err_policy_w": "err_ref_w",
+        "err_policy_l": "err_ref_l"},
+    "logit: mean (solid),\nstandard deviation (dashed)": {
+        "reward_margin": None,
+        "logit_std": None},
 }
-SMOOTH = 20  # a thick line is the mean of so many steps
+STYLES = ("-", "--")  # of the first and of the second metric in a panel
+POINTS = 50  # a line has about so many
 
 
-def plot_metrics(axes, rows, run=None, colour=None):
-    """The metrics `rows` in four panels: each step faintly, and the mean over SMOOTH steps.
+def plot_metrics(axes, rows, n, run=None, colour=None, marker=None):
+    """The metrics `rows` in four panels. Each point is a mean over n steps, up to its own.
 
-    Of several runs, which are named, only the mean is plotted, in one colour per run.
+    A named run has a marker, and one of several has a single colour too.
     """
     steps = [row for row in rows if "loss" in row]
-    x = torch.tensor([row["step"] for row in steps])
-    n = min(SMOOTH, len(steps))
-    for ax, (title, curves) in zip(axes, PANELS.items(), strict=True):
-        for curve in curves:
-            y = torch.tensor([row[curve.metric] - row.get(curve.minus, 0) for row in steps])
-            mean = y.unfold(0, n, 1).mean(1)
-            if run:
-                ax.plot(x[n - 1:], mean, c=colour, ls=curve.style, label=run)
-                title += curve.legend
-            else:
-                ax.plot(x, y, c=curve.colour, alpha=0.2)
-                ax.plot(x[n - 1:], mean, c=curve.colour, label=curve.label)
-        ax.set(title=title, xlabel="step")
+    n = min(n, len(steps))
+    x = [row["step"] for row in steps][n - 1::n]
+    for ax, (title, metrics) in zip(axes, PANELS.items(), strict=True):
+        for (metric, minus), style, own in zip(metrics.items(), STYLES, COLOURS, strict=False):
+            y = torch.tensor([row[metric] - row.get(minus, 0) for row in steps])
+            means = y.unfold(0, n, n).mean(1)
+            ax.plot(x, means, style, c=colour or own, marker=marker, markevery=10, label=run)
+        ax.set_title(title, size="medium")
+        ax.set_xlabel("step")
 
     name = "held_out_reward_accuracy"
     held_out = {row["step"]: row[name] for row in rows if name in row}
-    if held_out:
-        axes[1].plot(held_out.keys(), held_out.values(), marker=".", c=colour or "black",
-                     ls=":" if run else "-", label="held-out pairs")
-
-    for ax in axes[:1] if run else axes:  # one legend tells the colours of several runs
-        ax.legend()
+    axes[1].plot(held_out.keys(), held_out.values(), ":", c=colour or VERMILLION, marker=".")
 
 
 def read_metrics(run):
@@ -251,17 +260,17 @@ def read_metrics(run):
 def plot_runs(runs):
     """Plot the metrics of the folders `runs`. Returns the picture's path. Raises UserError."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(1, 4, figsize=(20, 5), layout="constrained")
-    for number, run in enumerate(runs):
-        rows = read_metrics(run)
-        if len(runs) == 1:
-            plot_metrics(axes, rows)
-        else:
-            plot_metrics(axes, rows, run, colour=f"C{number}")
+    figure, axes = pyplot.subplots(1, 4, figsize=(WIDTH, 3), layout="constrained")
+    tables = [read_metrics(run) for run in runs]
+    n = 1 + max(map(len, tables)) // POINTS  # the same for all, or one would look noisier
+    colours = COLOURS if len(runs) > 1 else [None]
+    for run, rows, *look in zip(runs, tables, cycle(colours), cycle(MARKERS)):
+        plot_metrics(axes, rows, n, run, *look)
+    axes[0].legend()
 
     path = Path(runs[0], "curves.png")
     with dpo.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=80, format="png")
+        figure.savefig(partial, dpi=DPI, format="png")
     pyplot.close(figure)
     return path
 

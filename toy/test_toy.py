@@ -326,9 +326,9 @@ def savefig():
         yield save
 
 
-def lines_of(ax):
-    """{label: y} of the lines."""
-    return {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+def means_of(ax):
+    """The mean height of each line."""
+    return [float(numpy.mean(line.get_ydata())) for line in ax.get_lines()]
 
 
 def rows_of_a_run(loss):
@@ -350,12 +350,15 @@ def test_figure_of_the_toy(tmp_path, savefig):
     axes = savefig.call_args.args[0].axes
     for ax, (name, p) in zip(axes[1:5], densities.items(), strict=True):
         assert f"{numbers[f'tv_{name}']:.3f}" in ax.get_title()
-        assert numpy.allclose(ax.get_images()[0].get_array(), p.T)
-    loss, accuracy, errors, _ = map(lines_of, axes[5:])
+        assert numpy.allclose(ax.get_images()[0].get_array(), p.T.sqrt())
+    loss, accuracy, errors, _ = map(means_of, axes[5:])
     true = dpo.toy_reward(toy.pairs.x_w) - dpo.toy_reward(toy.pairs.x_l)
-    assert loss["the labels' reward"][0] == pytest.approx(-logsigmoid(true).mean().item())
-    assert accuracy["held-out pairs"] == 0.6
-    assert [errors[name].item() for name in ("preferred", "rejected")] == [1.5, 4.5]
+    nothing, everything, policy = loss
+    assert nothing == pytest.approx(math.log(2))
+    assert everything == pytest.approx(-logsigmoid(true).mean().item())
+    assert policy == 0.5
+    assert accuracy[-1] == 0.6
+    assert errors == [1.5, 4.5]
 
 
 def test_figure_of_runs(tmp_path, savefig):
@@ -366,7 +369,9 @@ def test_figure_of_runs(tmp_path, savefig):
         lines = [json.dumps(row) + "\n" for row in rows_of_a_run(loss)]
         Path(run, "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "lo')
     figure.main(runs)
-    assert lines_of(savefig.call_args.args[0].axes[0]) == {runs[0]: 0, runs[1]: 1}
+    loss = savefig.call_args.args[0].axes[0]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == runs
+    assert means_of(loss) == [0, 1]
     assert Path(runs[0], "curves.png").exists()
 
 
