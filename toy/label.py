@@ -20,7 +20,9 @@ any time; the same command goes on. `diffusion_dpo.py --data OUT` trains on the 
 
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -137,21 +139,23 @@ class Existing:
     prompts = None  # each pair has its own
 
     def __init__(self, args):
-        self.root = dpo.root_of(args.data)
-        self.pairs = self.find(args)
-        self.count = min(args.pairs, len(self.pairs))
-        print(f"data        {args.data}: {len(self.pairs):,} pairs")
-
-    def find(self, args):
         folder = Path(args.data)
+        self.root = dpo.root_of(args.data)
         is_set = (folder / "pairs.jsonl").exists() or any(folder.rglob("*.parquet"))
         files = [] if is_set else images_in(folder)
         if files:
-            return pairs_of_files(files, folder, args.seed)
-        table = dpo.load_pairs(args.data, args.split)
-        if table.features["first"].dtype == "string":
-            raise dpo.UserError(f"--data {args.data}: it is encoded; name the images")
-        return table
+            groups = group_by_prompt(files, folder)
+            self.pairs = pairs_of_groups(groups, folder, args.seed)
+            there = sum(math.comb(len(group), 2) for group in groups.values())
+        else:
+            self.pairs = dpo.load_pairs(args.data, args.split)
+            there = len(self.pairs)
+            if self.pairs.features["first"].dtype == "string":
+                raise dpo.UserError(f"--data {args.data}: it is encoded; name the images")
+        if not there:
+            raise dpo.UserError(f"--data {args.data}: no two of its images have the same prompt")
+        self.count = min(args.pairs, there)
+        print(f"data        {args.data}: {there:,} pairs are possible, {self.count:,} are shown")
 
     def make(self, out):
         """Yield the prompt and the names of the two images, copied to OUT/images, for each pair."""
@@ -185,11 +189,8 @@ def images_in(folder):
     return [file for file in files if "/." not in f"/{file.relative_to(folder)}"]
 
 
-def pairs_of_files(files, folder, seed):
-    """Pairs of files that have one prompt, as rows of a preference set. Raises UserError.
-
-    First comes a pair of each prompt, then a second one of each, and so on.
-    """
+def group_by_prompt(files, folder):
+    """The files that have the same prompt: {prompt: files}."""
     groups = {}
     for file in files:
         groups.setdefault(prompt_of(file, folder), []).append(file)
@@ -198,33 +199,31 @@ def pairs_of_files(files, folder, seed):
     single = sum(len(group) == 1 for group in groups.values())
     if single:
         print(f"WARNING     {single} images are left out: no other one has their prompt")
+    return groups
 
-    pairs = [(turn, prompt, pair) for prompt, group in groups.items()
-             for turn, pair in enumerate(tournament(group, seed))]
-    if not pairs:
-        raise dpo.UserError(f"--data {folder}: no two of its {len(files)} images have one prompt")
 
-    def row(prompt, pair):
-        paths = [str(file.relative_to(folder)) for file in pair]
-        first, second = ({"bytes": None, "path": path} for path in paths)
-        return {"prompt": prompt, "first": first, "second": second, "row": " and ".join(paths)}
-
-    pairs.sort(key=lambda each: each[0])
-    return [row(prompt, pair) for _, prompt, pair in pairs]
+def pairs_of_groups(groups, folder, seed):
+    """Rows as those of a preference set: a pair of each prompt, then a second one of each, ..."""
+    each = [tournament(group, seed) for group in groups.values()]
+    for turn in itertools.zip_longest(*each):
+        for prompt, pair in zip(groups, turn, strict=True):
+            if pair:
+                paths = [str(file.relative_to(folder)) for file in pair]
+                first, second = ({"bytes": None, "path": path} for path in paths)
+                yield {"prompt": prompt, "first": first, "second": second,
+                       "row": " and ".join(paths)}
 
 
 def tournament(group, seed):
-    """All pairs of a group: everyone meets somebody before anyone meets a second one."""
-    order = torch.randperm(len(group), generator=dpo.seeded_generator(seed, str(group[0])))
-    players = [group[place] for place in order]
-    if len(players) % 2:
-        players.append(None)  # who meets it rests
-    half = len(players) // 2
-    for _ in range(len(players) - 1):
-        for pair in zip(players[:half], reversed(players[half:]), strict=True):
-            if None not in pair:
-                yield pair
-        players.insert(1, players.pop())  # the first one stays, and the others move on by a place
+    """All pairs of a group, one by one. Nobody is in two pairs of a round."""
+    players = list(group)
+    random.Random(seed).shuffle(players)
+    n = len(players)
+    for turn in range(n):
+        for i in range(n):
+            j = (turn - i) % n  # i + j is the same for all pairs of a round
+            if i < j:
+                yield players[i], players[j]
 
 
 def prompt_of(file, folder):
@@ -382,14 +381,11 @@ def pair_of(line):
 
 # ------------------------------------------------------------------------------------- the server
 
-class Server(ThreadingHTTPServer):
-    """Serves the page and its choices, to this machine alone."""
-
-    daemon_threads = True
-
-    def __init__(self, port, choices, command):
-        self.choices, self.command = choices, command
-        super().__init__(("127.0.0.1", port), Handler)
+def make_server(port, choices, command):
+    """A server of the page and its choices, for this machine alone. Raises OSError."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.choices, server.command = choices, command
+    return server
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -564,7 +560,7 @@ def main(argv=None):
     check_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
     choices = Choices(out, source.count, args.seed)
     with dpo.blame(f"--port {args.port}: name another"):
-        server = Server(args.port, choices, training_command(args, cfg))
+        server = make_server(args.port, choices, training_command(args, cfg))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     print(f"page        {address}\nstop        by Ctrl-C; the same command goes on")
