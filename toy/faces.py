@@ -3,6 +3,8 @@
     python toy/faces.py               # makes toy/tiny-faces, once; under ten minutes
     python toy/faces.py look RUN      # what a training has changed: numbers, a sheet and a film
 
+Pairs of your own choice, instead of those that it labels, are made by toy/label.py.
+
 The model knows 12 captions, such as "a red face on a blue ground". Its parts and files are those of
 SD1.5. First a VAE is trained on drawings. Then a UNet is trained on its latents, together with the
 text encoder, which SD1.5 takes ready-made from CLIP. No caption says whether a face smiles, so the
@@ -386,7 +388,8 @@ def draw_film(files, path):
 
 # ----------------------------------------------------------------------------------- command line
 
-NEXT = """next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet \\
+NEXT = """to choose the better faces yourself: python toy/label.py --model {out} --out my-taste
+next: python diffusion_dpo.py --model {out} --data {out}/pairs.parquet \\
           --split 'train[:-{held_out}]' --eval-split 'train[-{held_out}:]' --eval-every 100 \\
           --resolution 32 --beta 500 --lr 3e-5 --batch 32 --micro-batch 32 --steps 300 \\
           --sample-every 30 --guidance 1 --out runs/faces

@@ -7,18 +7,18 @@
 With --model it draws pairs while you look: two images for one prompt, by the model, or by a policy
 that was trained from it. With --data it shows what exists: the pairs of any set that
 diffusion_dpo.py reads, or the images in a folder. Two images in a folder are a pair if they have
-the same prompt. The prompt of cat.png is the text in cat.txt, or what ComfyUI or AUTOMATIC1111 have
-written into the image, or else the name of its subfolder.
+the same prompt. The prompt of cat.png is the text in cat.txt. Without that file it is what ComfyUI
+or AUTOMATIC1111 have written into the PNG, or else the name of the subfolder.
 
 Only this machine can open the page. The keys are: left and right arrow, space for a tie, backspace
 to undo. Mouse and touch work, too. Chance decides which image is on the left. After every ten pairs
 one of them is shown again, and the page says how often you agreed with yourself.
 
 Each choice is written at once, as a line of OUT/pairs.jsonl. You may stop the server by Ctrl-C at
-any time; the same command goes on. `diffusion_dpo.py --data OUT` trains on the choices.
+any time. The same command goes on where it was. `diffusion_dpo.py --data OUT` trains on the
+choices.
 """
 
-import hashlib
 import io
 import itertools
 import json
@@ -30,11 +30,13 @@ import shlex
 import sys
 import threading
 import webbrowser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
+import diffusers
 import torch
+import transformers
 from PIL import Image
 from tqdm import tqdm
 
@@ -44,9 +46,9 @@ import diffusion_dpo as dpo
 from toy import figure, judge
 
 PAGE = HERE / "label.html"
-BLOCK = 10  # pairs, after which one of the first half of them is shown again
-TINY = 64  # pixels a side: up to here a model is a toy, which draws best without guidance
-ENOUGH = 20  # choices, from which on the page offers the command that trains
+BLOCK = 10  # after so many pairs, one of the first half of them is shown again
+TINY = 64  # pixels a side: models up to this size are tiny ones, which draw best without guidance
+ENOUGH = 20  # preferences: from here on the page shows the command that trains
 
 # The flags that train on the choices: those of toy/faces.md, F5, and those of the README.
 FLAGS = {
@@ -65,17 +67,9 @@ LEADING_TO_TEXT = ("text", "text_g", "t5xxl", "clip_l", "prompt", "string", "val
                    "conditioning", "conditioning_1", "conditioning_to")
 
 
-def keep_image(out, name, content):
-    """Write the bytes of an image to OUT/images, from where the page and the training read it."""
-    file = out / "images" / name
-    if not file.exists():
-        with dpo.atomic_write(file) as partial:
-            partial.write_bytes(content)
-
-
 # --------------------------------------------------------------------------- pairs that are drawn
 
-class Drawn:
+class DrawnPairs:
     """Pairs of images that the model, or a policy, draws for the prompts in turn.
 
     Raises UserError.
@@ -89,9 +83,9 @@ class Drawn:
         self.cfg, self.policy, self.seed, self.count = cfg, args.policy, args.seed, args.pairs
 
     def make(self, out):
-        """Yield the prompt and the names of the two images, for each pair. They are in OUT/images.
+        """Yield the prompt and the names of the two images, for each pair.
 
-        What an earlier start has drawn is not drawn again.
+        The images are in OUT/images. What an earlier start has drawn is not drawn again.
         """
         task = None
         at_once = 8 if self.cfg.resolution <= TINY else 1  # pairs
@@ -114,13 +108,14 @@ class Drawn:
         jobs = [(prompt, f"{self.seed} {self.policy} {name}") for prompt, name in missing]
         images = figure.sample_images(task, "policy" if self.policy else "reference", jobs)
         for (_, name), image in zip(missing, images, strict=True):
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            keep_image(out, name, file.getvalue())
+            with dpo.atomic_write(out / "images" / name) as partial:
+                image.save(partial, "PNG")
 
 
 def open_task(cfg, policy):
     """The model, with the policy's weights if there is one, as a task. Raises UserError."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     device = dpo.start_processes(torch.cuda.is_available(), cfg.precision)
     task = dpo.StableDiffusion(cfg, device, dpo.load_pipeline(cfg.model))
     if policy:
@@ -130,7 +125,7 @@ def open_task(cfg, policy):
 
 # ------------------------------------------------------------------------------- pairs that exist
 
-class Existing:
+class ExistingPairs:
     """Pairs of --data: rows of a preference set, or images of one prompt in a folder.
 
     Labels are not looked at. Raises UserError.
@@ -142,9 +137,8 @@ class Existing:
         folder = Path(args.data)
         self.root = dpo.root_of(args.data)
         is_set = (folder / "pairs.jsonl").exists() or any(folder.rglob("*.parquet"))
-        files = [] if is_set else images_in(folder)
-        if files:
-            groups = group_by_prompt(files, folder)
+        if folder.is_dir() and not is_set:
+            groups = group_by_prompt(images_in(folder), folder)
             self.pairs = pairs_of_groups(groups, folder, args.seed)
             there = sum(math.comb(len(group), 2) for group in groups.values())
         else:
@@ -153,7 +147,8 @@ class Existing:
             if self.pairs.features["first"].dtype == "string":
                 raise dpo.UserError(f"--data {args.data}: it is encoded; name the images")
         if not there:
-            raise dpo.UserError(f"--data {args.data}: no two of its images have the same prompt")
+            raise dpo.UserError(f"--data {args.data}: no two of its images (PNG, JPEG, WebP)"
+                                " have the same prompt")
         self.count = min(args.pairs, there)
         print(f"data        {args.data}: {there:,} pairs are possible, {self.count:,} are shown")
 
@@ -177,9 +172,11 @@ class Existing:
         dpo.read_image({"bytes": content}, self.root)
         kind = Image.open(io.BytesIO(content)).format
         suffix = {"PNG": "png", "WEBP": "webp"}.get(kind, "jpeg")  # some cameras' JPEGs are "MPO"
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
-        keep_image(out, name, content)
-        return name
+        file = out / "images" / f"{dpo.hash_of(content)}.{suffix}"
+        if not file.exists():
+            with dpo.atomic_write(file) as partial:
+                partial.write_bytes(content)
+        return file.name
 
 
 def images_in(folder):
@@ -195,19 +192,19 @@ def group_by_prompt(files, folder):
     for file in files:
         groups.setdefault(prompt_of(file, folder), []).append(file)
     if "" in groups:
-        print(f"WARNING     {len(groups[''])} images have no prompt; they train without one")
+        print(f"WARNING     images without a prompt: {len(groups[''])}; their caption is empty")
     single = sum(len(group) == 1 for group in groups.values())
     if single:
-        print(f"WARNING     {single} images are left out: no other one has their prompt")
+        print(f"WARNING     images left out: {single}; no other one has their prompt")
     return groups
 
 
 def pairs_of_groups(groups, folder, seed):
     """Rows as those of a preference set: a pair of each prompt, then a second one of each, ..."""
     each = [tournament(group, seed) for group in groups.values()]
-    for turn in itertools.zip_longest(*each):
-        for prompt, pair in zip(groups, turn, strict=True):
-            if pair:
+    for pairs in itertools.zip_longest(*each):
+        for prompt, pair in zip(groups, pairs, strict=True):
+            if pair:  # None where a prompt has no more
                 paths = [str(file.relative_to(folder)) for file in pair]
                 first, second = ({"bytes": None, "path": path} for path in paths)
                 yield {"prompt": prompt, "first": first, "second": second,
@@ -215,26 +212,30 @@ def pairs_of_groups(groups, folder, seed):
 
 
 def tournament(group, seed):
-    """All pairs of a group, one by one. Nobody is in two pairs of a round."""
+    """All pairs of a group, in n rounds. Nobody is in two pairs of a round.
+
+    In the first round everyone is in a pair, but one if n is odd.
+    """
     players = list(group)
     random.Random(seed).shuffle(players)
     n = len(players)
-    for turn in range(n):
+    for total in range(1, n + 1):  # with 0, two of an even n would have no partner in the first
         for i in range(n):
-            j = (turn - i) % n  # i + j is the same for all pairs of a round
+            j = (total - i) % n  # in a round i + j is the same, up to a multiple of n
             if i < j:
                 yield players[i], players[j]
 
 
 def prompt_of(file, folder):
-    """The prompt of an image: of the text file beside it, its metadata, or its subfolder."""
+    """The prompt of an image: the text beside it, or in it, or its subfolder. Raises UserError."""
     beside = file.with_suffix(".txt")
-    try:
-        if beside.exists():
+    if beside.exists():
+        with dpo.blame(f"{beside}"):
             return beside.read_text(encoding="utf-8-sig").strip()
+    try:
         with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
             found = prompt_in(image.info)
-    except Exception:  # a stranger's file raises anything; what cannot be read is reported later
+    except Exception:  # a stranger's file raises anything; make() reports an unreadable image
         found = ""
     if found or file.parent == folder:
         return found
@@ -275,15 +276,17 @@ class Choices:
     """The choices so far, which are OUT/pairs.jsonl, and what is shown next.
 
     A line has Pick-a-Pic's columns caption, jpg_0, jpg_1, label_0, and two of its own. "left" tells
-    which image was on the left, 0 or 1. "answer" is the choice: 1 if the first image is the better
-    one, 0 if the second is, 0.5 for a tie. It is the label as well, unless the pair was shown for
+    which image was on the left, 0 or 1. "answer" is 1 if the first image was chosen, 0 if the
+    second was, 0.5 for a tie. It is the label as well, unless the pair was shown for
     the second time: then label_0 is null, and training leaves the line out.
 
-    Several threads may call the methods. Raises UserError.
+    A turn is the number of choices before it. Several threads may call choose(), add(), end() and
+    state(). Raises UserError.
     """
 
     def __init__(self, out, count, seed):
-        self.out, self.seed, self.count = out, seed, count
+        self.out, self.seed = out, seed
+        self.count = count  # of the pairs, each once
         self.file = out / "pairs.jsonl"
         self.lock = threading.Lock()
         self.pairs = []  # (prompt, path of the first image, path of the second one)
@@ -313,6 +316,7 @@ class Choices:
             if not shown:
                 return
             pair, left, again = shown
+            # On the left is the first image if `left` is 0, and the second one if it is 1.
             answer = {"left": 1 - left, "right": left, "tie": 0.5}[choice]
             line = (*pair, None if again else answer, left, answer)
             self.write([*self.lines, dict(zip(COLUMNS, line, strict=True))])
@@ -322,15 +326,14 @@ class Choices:
 
         None if there is no pair, or not yet.
         """
-        firsts = [pair_of(line) for line in self.lines if line["label_0"] is not None]
-        seconds = len(self.lines) - len(firsts)
-        chance = random.Random(f"{self.seed} {len(self.lines)}")
+        firsts = [pair_of(line) for line in self.lines if is_first(line)]
+        repeats = len(self.lines) - len(firsts)
+        chance = random.Random(f"{self.seed} {len(self.lines)}")  # so undo brings the same back
         left = chance.randrange(2)
-        if len(firsts) >= BLOCK * (seconds + 1):
-            block = firsts[BLOCK * seconds:]
+        if len(firsts) >= BLOCK * (repeats + 1):
+            block = firsts[BLOCK * repeats:]
             return block[chance.randrange(BLOCK // 2)], left, True
-        answered = set(firsts)
-        new = [pair for pair in self.pairs if pair not in answered]
+        new = [pair for pair in self.pairs if pair not in firsts]
         return (new[0], left, False) if new else None
 
     def add(self, prompt, names):
@@ -341,7 +344,7 @@ class Choices:
                 self.pairs.append(pair)
 
     def end(self):
-        """No pair will be added any more. Some may have been unreadable."""
+        """No pair will be added any more. Unreadable ones are not among them."""
         with self.lock:
             self.count, self.complete = len(self.pairs), True
 
@@ -393,12 +396,18 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds, so that an idle connection ends
+    error_content_type = "text/plain"
+    error_message_format = "%(message)s. %(explain)s\n"  # the page shows it as it is
+
+    def handle(self):
+        with suppress(ConnectionError):  # the browser may leave at any time, as by a reload
+            super().handle()
 
     def log_message(self, *args):
         """Print nothing: the terminal has the progress bar."""
 
     def is_allowed(self):
-        """Refuse a request that another page may have made the browser send."""
+        """True if the request is from our page. Others are refused, as any site may send one."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")
         if host.rpartition(":")[0] not in LOCAL or origin != f"http://{host}":
@@ -406,7 +415,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def answer(self, kind, content):
+    def reply(self, kind, content):
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -417,24 +426,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def answer_state(self):
+    def reply_state(self):
         state = self.server.choices.state()
         if state["decided"] >= ENOUGH or state["complete"] and state["decided"]:
             state["command"] = self.server.command
-        self.answer("application/json", json.dumps(state).encode())
+        self.reply("application/json", json.dumps(state).encode())
 
     def do_GET(self):
         if not self.is_allowed():
             return
-        path = urlsplit(self.path).path
-        image = re.fullmatch(r"/images/([\w-]+\.\w+)", path)
+        image = re.fullmatch(r"/images/([\w-]+\.\w+)", self.path)
         file = self.server.choices.out / "images" / image[1] if image else None
-        if path == "/":
-            self.answer("text/html; charset=utf-8", PAGE.read_bytes())
-        elif path == "/state":
-            self.answer_state()
+        if self.path == "/":
+            self.reply("text/html; charset=utf-8", PAGE.read_bytes())
+        elif self.path == "/state":
+            self.reply_state()
         elif image and file.suffix in TYPES and file.is_file():
-            self.answer(TYPES[file.suffix], file.read_bytes())
+            self.reply(TYPES[file.suffix], file.read_bytes())
         else:
             self.send_error(404)
 
@@ -456,7 +464,7 @@ class Handler(BaseHTTPRequestHandler):
         except dpo.UserError as error:  # the disk is full
             self.send_error(500, "The choice was not written", dpo.one_line(error))
             return
-        self.answer_state()
+        self.reply_state()
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -469,13 +477,13 @@ def settings(args):
     run = {}
     if args.policy:
         run, _ = judge.read_run(args.policy)
-        args.precision = args.micro_batch = None  # judge.py has flags for them
+        args.precision = args.micro_batch = None  # flags of judge.py; here their defaults hold
         cfg = judge.settings(args)
     else:
         # With adapters, which stay off, there is no second copy of the weights for the reference.
         cfg = dpo.parse(["--model", args.model, "--lora", "1", "--lr", "0"])
     cfg.resolution = args.resolution or run.get("resolution") or own_resolution(cfg)
-    cfg.guidance = args.guidance or run.get("guidance")
+    cfg.guidance = args.guidance or cfg.guidance
     if cfg.guidance is None and cfg.resolution <= TINY:
         cfg.guidance = 1.0
     dpo.check_flags(cfg)
@@ -493,20 +501,21 @@ def own_resolution(cfg):
 
 
 def training_command(args, cfg):
-    """The command that trains on the choices. cfg is None if the images exist."""
-    model, out = (cfg.model if cfg else args.model or "sd15"), Path(args.out)
+    """The command that trains on the choices. cfg is None with --data, where nothing is drawn."""
+    model = cfg.model if cfg else args.model or "sd15"
+    run = f"runs/{Path(args.out).resolve().name}"
     preset = dpo.find_preset(model)
     own = dpo.PRESETS[preset].get("resolution", dpo.Config.resolution)
     resolution = cfg.resolution if cfg else own
     flags = FLAGS["tiny" if resolution <= TINY else preset]
     if resolution != own:
         flags += f" --resolution {resolution}"
-    model, data, run = map(shlex.quote, [model, str(out), f"runs/{out.resolve().name}"])
+    model, data, run = map(shlex.quote, [model, args.out, run])
     return f"python diffusion_dpo.py --model {model} --data {data} {flags} --out {run}"
 
 
-def check_folder(out, note):
-    """Raise UserError unless `out` is new or empty, or has the choices of these settings."""
+def claim_folder(out, note):
+    """Note the settings in a folder that is new or empty. Raise UserError if it holds others."""
     if not any(out.glob("[!.]*")):
         dpo.write_json(out / "label.json", note)
     with dpo.blame(f"--out {out}: it holds other files; name a new folder"):
@@ -521,7 +530,8 @@ def parse(argv=None):
     """The command line as a namespace. Raises UserError."""
     parser = judge.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", help="sd15, sdxl, sd35, hub id or folder, which draws the pairs")
+    add("--model", help="sd15, sdxl, sd35, hub id or folder; it draws the pairs. With --data:"
+                        " the model in the command that the page shows [sd15]")
     add("--policy", help="folder of a run, whose policy draws instead")
     add("--prompts", help="text file, a prompt per line [prompts.txt in the model's folder]")
     add("--resolution", type=judge.at_least(8, int), help="pixels a side [the model's own]")
@@ -532,7 +542,7 @@ def parse(argv=None):
     add("--pairs", type=judge.at_least(1, int), default=100, help="how many to show [100]")
     add("--seed", type=int, default=0, help="of noise, sides and second showings [0]")
     add("--port", type=int, default=8100, help="of the page on this machine; 0: any [8100]")
-    add("--out", required=True, help="folder of the choices; the same command goes on")
+    add("--out", required=True, help="folder of the choices")
     args = parser.parse_args(argv)
 
     if not (args.data or args.model or args.policy):
@@ -549,22 +559,22 @@ def main(argv=None):
     if args.data:
         if out.resolve().is_relative_to(Path(args.data).resolve()):
             raise dpo.UserError(f"--out {out}: it lies in --data; name another folder")
-        cfg, source = None, Existing(args)
+        cfg, source = None, ExistingPairs(args)
     else:
         cfg = settings(args)
-        source = Drawn(args, cfg)
+        source = DrawnPairs(args, cfg)
 
     dpo.lock_folder(out)
-    names = ("data", "split", "seed", "policy", "resolution", "guidance")
-    note = {name: getattr(args, name) for name in names}
-    check_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
+    noted = ("data", "split", "seed", "policy", "resolution", "guidance")
+    note = {name: getattr(args, name) for name in noted}
+    claim_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
     choices = Choices(out, source.count, args.seed)
-    with dpo.blame(f"--port {args.port}: name another"):
+    with dpo.blame(f"--port {args.port}: it cannot be used; name another"):
         server = make_server(args.port, choices, training_command(args, cfg))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    print(f"page        {address}\nstop        by Ctrl-C; the same command goes on")
-    if os.environ.get("DISPLAY") or sys.platform == "darwin":  # else a browser of text might open
+    print(f"page        {address}\nstop        by Ctrl-C; the same command resumes")
+    if os.environ.get("DISPLAY") or sys.platform == "darwin":  # else lynx might take this terminal
         webbrowser.open(address)
 
     try:
