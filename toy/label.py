@@ -61,6 +61,7 @@ FLAGS = {
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "left", "answer")  # of OUT/pairs.jsonl
 TYPES = {".png": "image/png", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 CHOICES = ("left", "right", "tie", "undo")
+START = os.urandom(8).hex()  # a tab of an earlier start may show other pairs; it must not choose
 LOCAL = ("127.0.0.1", "localhost")
 # Inputs of ComfyUI's nodes that hold the prompt, or lead to a node that does.
 LEADING_TO_TEXT = ("text", "text_g", "t5xxl", "clip_l", "prompt", "string", "value", "positive",
@@ -253,7 +254,7 @@ def prompt_in(texts):
     nodes = json.loads(texts.get("prompt", "{}"))
     for name in ("positive", "conditioning"):
         for node in nodes.values():
-            text = text_of(node["inputs"].get(name), nodes)
+            text = text_of(node["inputs"].get(name), dict(nodes))
             if text:
                 return text
     return ""
@@ -265,7 +266,8 @@ def text_of(value, nodes):
         return value.strip()
     if not isinstance(value, list):  # a link is a list of a node and a number
         return ""
-    inputs = nodes[str(value[0])]["inputs"]
+    # Each node is visited once: in a stranger's graph the ways may be too many to try.
+    inputs = nodes.pop(str(value[0]), {"inputs": {}})["inputs"]
     found = (text_of(inputs[name], nodes) for name in LEADING_TO_TEXT if name in inputs)
     return next(filter(None, found), "")
 
@@ -427,7 +429,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def reply_state(self):
-        state = self.server.choices.state()
+        state = self.server.choices.state() | {"start": START}
         if state["decided"] >= ENOUGH or state["complete"] and state["decided"]:
             state["command"] = self.server.command
         self.reply("application/json", json.dumps(state).encode())
@@ -452,15 +454,16 @@ class Handler(BaseHTTPRequestHandler):
         try:
             length = int(self.headers.get("Content-Length", ""))
             wanted = json.loads(self.rfile.read(length)) if 0 < length < 1000 else None
-            turn, choice = wanted["turn"], wanted["choice"]
+            start, turn, choice = wanted["start"], wanted["turn"], wanted["choice"]
             if (self.path != "/choice" or choice not in CHOICES or type(turn) is not int
                     or self.headers.get_content_type() != "application/json"):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            self.send_error(400, 'It should be JSON such as {"turn": 3, "choice": "left"}')
+            self.send_error(400, "It should be JSON with start, turn and choice")
             return
         try:
-            self.server.choices.choose(turn, choice)
+            if start == START:
+                self.server.choices.choose(turn, choice)
         except dpo.UserError as error:  # the disk is full
             self.send_error(500, "The choice was not written", dpo.one_line(error))
             return
@@ -482,7 +485,7 @@ def settings(args):
     else:
         # With adapters, which stay off, there is no second copy of the weights for the reference.
         cfg = dpo.parse(["--model", args.model, "--lora", "1", "--lr", "0"])
-    cfg.resolution = args.resolution or run.get("resolution") or own_resolution(cfg)
+    cfg.resolution = args.resolution or run.get("resolution") or own_resolution(cfg.model)
     cfg.guidance = args.guidance or cfg.guidance
     if cfg.guidance is None and cfg.resolution <= TINY:
         cfg.guidance = 1.0
@@ -490,11 +493,11 @@ def settings(args):
     return cfg
 
 
-def own_resolution(cfg):
-    """The pixels a side for which the model was made. Raises UserError."""
-    folder = Path(dpo.find_model(cfg.model))
-    part = "transformer" if cfg.preset == "sd35" else "unet"
-    with dpo.blame(f"--model {cfg.model}"):
+def own_resolution(model):
+    """The pixels a side for which a model was made. Raises UserError."""
+    folder = Path(dpo.find_model(model))
+    part = "unet" if (folder / "unet").exists() else "transformer"
+    with dpo.blame(f"--model {model}"):
         network, vae = (json.loads((folder / name / "config.json").read_text())
                         for name in (part, "vae"))
         return network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -507,6 +510,8 @@ def training_command(args, cfg):
     preset = dpo.find_preset(model)
     own = dpo.PRESETS[preset].get("resolution", dpo.Config.resolution)
     resolution = cfg.resolution if cfg else own
+    if not cfg and Path(model).is_dir():  # one of the hub would have to be downloaded first
+        resolution = own_resolution(model)
     flags = FLAGS["tiny" if resolution <= TINY else preset]
     if resolution != own:
         flags += f" --resolution {resolution}"

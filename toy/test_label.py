@@ -118,7 +118,7 @@ def arguments(line):
 
 def test_pairs_are_drawn_once(tiny, tmp_path, monkeypatch):
     """The two images of a pair differ, and the policy's are others. What is there is not drawn
-    again. A tiny model draws at its own size and without guidance."""
+    again. A tiny model draws at its own size and without guidance, and trains at this size."""
     (tiny / "prompts.txt").write_text("a cat\n")
     line = f"--model {tiny}/tiny-sd15 --prompts {tiny}/prompts.txt --pairs 1 --out x"
     contents = set()
@@ -130,6 +130,8 @@ def test_pairs_are_drawn_once(tiny, tmp_path, monkeypatch):
         assert prompt == "a cat"
         contents |= {(out / "images" / name).read_bytes() for name in names}
     assert len(contents) == 4
+    args = arguments(f"--data x --model {tiny}/tiny-sd15 --out x")
+    assert "--beta 500" in label.training_command(args, None)
     monkeypatch.setattr(label, "open_task", None)  # so it cannot draw any more
     assert list(source.make(out)) == [(prompt, names)]
 
@@ -160,14 +162,17 @@ def served(folder, tmp_path):
     server.server_close()
 
 
+LEFT = json.dumps({"start": label.START, "turn": 0, "choice": "left"})
+
+
 @pytest.mark.parametrize("status, method, path, body, headers", [
-    (200, "POST", "/choice", '{"turn": 0, "choice": "left"}', {}),
-    (400, "POST", "/choice", '{"turn": 0, "choice": "best"}', {}),
+    (200, "POST", "/choice", LEFT, {}),
+    (400, "POST", "/choice", LEFT.replace("left", "best"), {}),
     (400, "POST", "/choice", '{"turn": 0', {}),
     (400, "POST", "/choice", '[1]', {}),
-    (400, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Content-Type": "text/plain"}),
-    (400, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Content-Length": "9999"}),
-    (403, "POST", "/choice", '{"turn": 0, "choice": "left"}', {"Origin": "http://evil.example"}),
+    (400, "POST", "/choice", LEFT, {"Content-Type": "text/plain"}),
+    (400, "POST", "/choice", LEFT, {"Content-Length": "9999"}),
+    (403, "POST", "/choice", LEFT, {"Origin": "http://evil.example"}),
     (403, "GET", "/state", None, {"Host": "evil.example:80"}),
     (404, "GET", "/images/../pairs.jsonl", None, {}),
     (404, "GET", "/images/%2e%2e/pairs.jsonl", None, {}),
@@ -225,6 +230,10 @@ def test_the_page(served, tiny, tmp_path):
         do(lambda: page.click("#left"), 3)
         do(lambda: page.tap("#right"), 4)
         do(page.reload, 4)
+        page.evaluate("state.start = 'an earlier one'")
+        do(lambda: page.keyboard.press("ArrowLeft"), 4)  # not taken; the page reloads
+        page.wait_for_function("state && state.start !== 'an earlier one'")
+        do(lambda: None, 4)
         for turn in range(5, 13):
             press("ArrowLeft", turn)
         sync_api.expect(page.locator("#agreement")).to_contain_text("of 1 pairs")
