@@ -1,14 +1,16 @@
 """A page on which you choose the better of two images. The choices are pairs to train on.
 
     python toy/label.py --model toy/tiny-faces --out my-taste
-    python toy/label.py --model toy/tiny-faces --policy runs/my-taste --out my-taste-2
+    python toy/label.py --policy runs/my-taste --out my-taste     # a second round
     python toy/label.py --data photos --out my-taste
 
-With --model it draws pairs while you look: two images for one prompt, by the model, or by a policy
-that was trained from it. With --data it shows what exists: the pairs of any set that
-diffusion_dpo.py reads, or the images in a folder. Two images in a folder are a pair if they have
-the same prompt. The prompt of cat.png is the text in cat.txt. Without that file it is what ComfyUI
-or AUTOMATIC1111 have written into the PNG, or else the name of the subfolder.
+With --model it draws pairs while you look: two images for one prompt. With --policy a trained
+policy draws them. They may be added to an OUT that has pairs of its --model.
+
+With --data it shows what exists: the pairs of any set that diffusion_dpo.py reads, or the images in
+a folder. Two images in a folder are a pair if they have the same prompt. The prompt of cat.png is
+the text in cat.txt. Without that file it is what ComfyUI or AUTOMATIC1111 have written into the
+PNG, or else the name of the subfolder.
 
 Only this machine can open the page. The keys are: left and right arrow, space for a tie, backspace
 to undo. Mouse and touch work, too. Chance decides which image is on the left. After every ten pairs
@@ -52,7 +54,7 @@ ENOUGH = 20  # preferences: from here on the page shows the command that trains
 
 # The flags that train on the choices: those of toy/faces.md, F5, and those of the README.
 FLAGS = {
-    "tiny": "--beta 500 --lr 3e-5 --batch 16 --micro-batch 16 --steps 150 --sample-every 50"
+    "tiny": "--beta 500 --lr 3e-5 --batch 16 --micro-batch 16 --steps {} --sample-every 50"
             " --guidance 1",
     "sd15": "--lora 16 --lr 1e-4 --micro-batch 2 --batch 64 --steps 100",
     "sdxl": "--lora 16 --lr 1e-4 --micro-batch 1 --batch 64 --steps 100 --optimizer adamw",
@@ -82,6 +84,7 @@ class DrawnPairs:
             raise dpo.UserError("--prompts is missing: a text file with a prompt per line")
         self.prompts = judge.read_prompts("--prompts", args.prompts or own)
         self.cfg, self.policy, self.seed, self.count = cfg, args.policy, args.seed, args.pairs
+        self.prefix = dpo.hash_of(args.policy)[:6]  # so each policy has images of its own
 
     def make(self, out):
         """Yield the prompt and the names of the two images, for each pair.
@@ -93,8 +96,8 @@ class DrawnPairs:
         for first in range(0, self.count, at_once):
             pairs = []
             for number in range(first, min(first + at_once, self.count)):
-                prompt = self.prompts[number % len(self.prompts)]
-                pairs.append((prompt, [f"{number:05d}-{half}.png" for half in (0, 1)]))
+                names = [f"{self.prefix}-{number:05d}-{half}.png" for half in (0, 1)]
+                pairs.append((self.prompts[number % len(self.prompts)], names))
 
             missing = [(prompt, name) for prompt, names in pairs for name in names
                        if not (out / "images" / name).exists()]
@@ -105,8 +108,8 @@ class DrawnPairs:
 
     def draw(self, task, missing, out):
         """Draw the image of each (prompt, name) in `missing`, from noise of its own."""
-        # Another policy gets other noise, so that a second round shows other faces.
-        jobs = [(prompt, f"{self.seed} {self.policy} {name}") for prompt, name in missing]
+        # Each name, and so each policy, has noise of its own: a second round shows other faces.
+        jobs = [(prompt, f"{self.seed} {name}") for prompt, name in missing]
         images = figure.sample_images(task, "policy" if self.policy else "reference", jobs)
         for (_, name), image in zip(missing, images, strict=True):
             with dpo.atomic_write(out / "images" / name) as partial:
@@ -133,6 +136,7 @@ class ExistingPairs:
     """
 
     prompts = None  # each pair has its own
+    prefix = ""
 
     def __init__(self, args):
         folder = Path(args.data)
@@ -286,9 +290,8 @@ class Choices:
     state(). Raises UserError.
     """
 
-    def __init__(self, out, count, seed):
+    def __init__(self, out, source, seed):
         self.out, self.seed = out, seed
-        self.count = count  # of the pairs, each once
         self.file = out / "pairs.jsonl"
         self.lock = threading.Lock()
         self.pairs = []  # (prompt, path of the first image, path of the second one)
@@ -299,6 +302,10 @@ class Choices:
                 for text in self.file.read_text().splitlines():
                     line = json.loads(text)
                     self.lines.append({name: line[name] for name in COLUMNS})
+        ours = f"images/{source.prefix}"
+        self.earlier = sum(is_first(line) and not line["jpg_0"].startswith(ours)
+                           for line in self.lines)  # pairs that another policy has drawn
+        self.count = self.earlier + source.count  # of the pairs, each once
 
     def write(self, lines):
         with dpo.atomic_write(self.file) as partial:
@@ -328,15 +335,24 @@ class Choices:
 
         None if there is no pair, or not yet.
         """
-        firsts = [pair_of(line) for line in self.lines if is_first(line)]
+        firsts = self.chosen()
         repeats = len(self.lines) - len(firsts)
         chance = random.Random(f"{self.seed} {len(self.lines)}")  # so undo brings the same back
         left = chance.randrange(2)
         if len(firsts) >= BLOCK * (repeats + 1):
             block = firsts[BLOCK * repeats:]
             return block[chance.randrange(BLOCK // 2)], left, True
-        new = [pair for pair in self.pairs if pair not in firsts]
+        new = self.new()
         return (new[0], left, False) if new else None
+
+    def chosen(self):
+        """The pairs that were shown, in their order, each once."""
+        return [pair_of(line) for line in self.lines if is_first(line)]
+
+    def new(self):
+        """The pairs that were not shown yet."""
+        chosen = set(self.chosen())
+        return [pair for pair in self.pairs if pair not in chosen]
 
     def add(self, prompt, names):
         """Add a pair that can be shown, by its prompt and the names of its images."""
@@ -348,7 +364,7 @@ class Choices:
     def end(self):
         """No pair will be added any more. Unreadable ones are not among them."""
         with self.lock:
-            self.count, self.complete = len(self.pairs), True
+            self.count, self.complete = self.earlier + len(self.pairs), True
 
     def agreement(self):
         """How many second showings had the answer of the first one, and how many there were."""
@@ -368,7 +384,7 @@ class Choices:
                      "ties": sum(line["label_0"] == 0.5 for line in firsts),
                      "same": same, "again": again,
                      "complete": self.complete and shown is None,
-                     "ahead": [path for pair in self.pairs[len(firsts):][:4] for path in pair[1:]]}
+                     "ahead": [path for pair in self.new()[:4] for path in pair[1:]]}
             if shown:
                 (prompt, *images), left, _ = shown
                 state |= {"prompt": prompt, "left": images[left], "right": images[1 - left]}
@@ -503,16 +519,21 @@ def own_resolution(model):
         return network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def training_command(args, cfg):
+def training_command(args, cfg, pairs):
     """The command that trains on the choices. cfg is None with --data, where nothing is drawn."""
     model = cfg.model if cfg else args.model or "sd15"
-    run = f"runs/{Path(args.out).resolve().name}"
+    run = name = f"runs/{Path(args.out).resolve().name}"
+    number = 2
+    while Path(run).exists():  # as in a second round
+        run = f"{name}-{number}"
+        number += 1
+
     preset = dpo.find_preset(model)
     own = dpo.PRESETS[preset].get("resolution", dpo.Config.resolution)
     resolution = cfg.resolution if cfg else own
     if not cfg and Path(model).is_dir():  # one of the hub would have to be downloaded first
         resolution = own_resolution(model)
-    flags = FLAGS["tiny" if resolution <= TINY else preset]
+    flags = FLAGS["tiny" if resolution <= TINY else preset].format(max(150, 3 * pairs // 2))
     if resolution != own:
         flags += f" --resolution {resolution}"
     model, data, run = map(shlex.quote, [model, args.out, run])
@@ -537,14 +558,15 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", help="sd15, sdxl, sd35, hub id or folder; it draws the pairs. With --data:"
                         " the model in the command that the page shows [sd15]")
-    add("--policy", help="folder of a run, whose policy draws instead")
+    add("--policy", help="folder of a run, whose policy draws instead of its --model")
     add("--prompts", help="text file, a prompt per line [prompts.txt in the model's folder]")
     add("--resolution", type=judge.at_least(8, int), help="pixels a side [the model's own]")
     add("--guidance", type=judge.at_least(1, float),
         help=f"of the drawing [the pipeline's own; 1 for models of up to {TINY} pixels]")
     add("--data", help="show what exists: a preference set, or a folder of images")
     add("--split", default="train", help="part of --data to show [train]")
-    add("--pairs", type=judge.at_least(1, int), default=100, help="how many to show [100]")
+    add("--pairs", type=judge.at_least(1, int), default=100,
+        help="how many to show, of each policy [100]")
     add("--seed", type=int, default=0, help="of noise, sides and second showings [0]")
     add("--port", type=int, default=8100, help="of the page on this machine; 0: any [8100]")
     add("--out", required=True, help="folder of the choices")
@@ -570,12 +592,13 @@ def main(argv=None):
         source = DrawnPairs(args, cfg)
 
     dpo.lock_folder(out)
-    noted = ("data", "split", "seed", "policy", "resolution", "guidance")
-    note = {name: getattr(args, name) for name in noted}
+    note = {name: getattr(args, name) for name in ("data", "split", "seed")}
     claim_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
-    choices = Choices(out, source.count, args.seed)
+    choices = Choices(out, source, args.seed)
+    print(f"choices     {len(choices.lines):,} so far, in {out}")
     with dpo.blame(f"--port {args.port}: it cannot be used; name another"):
-        server = make_server(args.port, choices, training_command(args, cfg))
+        command = training_command(args, cfg, choices.count)
+        server = make_server(args.port, choices, command)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     print(f"page        {address}\nstop        by Ctrl-C; the same command resumes")

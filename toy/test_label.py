@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -16,15 +17,18 @@ from test_tools import refused
 import diffusion_dpo as dpo
 from toy import label
 
-PAIRS = [("a cat", f"images/{n}-0.png", f"images/{n}-1.png") for n in range(25)]
-
 
 @pytest.fixture
 def choices(tmp_path):
     """25 pairs to choose from."""
-    made = label.Choices(tmp_path, 25, seed=0)
-    for prompt, *images in PAIRS:
-        made.add(prompt, [image.removeprefix("images/") for image in images])
+    return choose_from(tmp_path, 25, "a")
+
+
+def choose_from(out, n, prefix):
+    """The choices in a folder, with n pairs more, whose images have a prefix."""
+    made = label.Choices(out, SimpleNamespace(count=n, prefix=prefix), seed=0)
+    for number in range(n):
+        made.add("a cat", [f"{prefix}-{number}-{half}.png" for half in (0, 1)])
     made.end()
     return made
 
@@ -58,14 +62,25 @@ def test_a_second_start_goes_on(choices):
         choose_first(choices)
     before = choices.shown()
     choices.choose(12, "tie")
-    again = label.Choices(choices.out, 25, seed=0)
-    again.pairs = choices.pairs
+    again = choose_from(choices.out, 25, "a")
     after = choices.shown()
     assert again.lines == choices.lines and again.shown() == after
     again.choose(12, "left")
     assert again.shown() == after
     again.choose(13, "undo")
     assert again.shown() == before and again.state()["ties"] == 0
+
+
+def test_a_second_round(choices):
+    """The pairs of another policy are added to those that were chosen before."""
+    while choices.shown():
+        choose_first(choices)
+    second = choose_from(choices.out, 10, "b")
+    assert second.state()["ahead"][0] == "images/b-0-0.png"
+    while second.shown():
+        choose_first(second)
+    assert second.state()["turn"] == second.state()["turns"] == 38
+    assert second.state()["decided"] == 35
 
 
 def write_png(file, **texts):
@@ -122,18 +137,18 @@ def test_pairs_are_drawn_once(tiny, tmp_path, monkeypatch):
     (tiny / "prompts.txt").write_text("a cat\n")
     line = f"--model {tiny}/tiny-sd15 --prompts {tiny}/prompts.txt --pairs 1 --out x"
     contents = set()
-    for out, more in (tmp_path / "1", ""), (tmp_path / "2", f"--policy {tiny}/tiny-sd15/unet"):
+    for more in "", f"--policy {tiny}/tiny-sd15/unet":
         args = arguments(f"{line} {more}")
         source = label.DrawnPairs(args, label.settings(args))
         assert (source.cfg.guidance, source.cfg.resolution) == (1.0, 64)
-        (prompt, names), = source.make(out)
+        (prompt, names), = source.make(tmp_path)
         assert prompt == "a cat"
-        contents |= {(out / "images" / name).read_bytes() for name in names}
+        contents |= {(tmp_path / "images" / name).read_bytes() for name in names}
     assert len(contents) == 4
     args = arguments(f"--data x --model {tiny}/tiny-sd15 --out x")
-    assert "--beta 500" in label.training_command(args, None)
+    assert "--beta 500" in label.training_command(args, None, 100)
     monkeypatch.setattr(label, "open_task", None)  # so it cannot draw any more
-    assert list(source.make(out)) == [(prompt, names)]
+    assert list(source.make(tmp_path)) == [(prompt, names)]
 
 
 @pytest.fixture
@@ -151,7 +166,7 @@ def folder(tmp_path):
 def served(folder, tmp_path):
     """The address of a page with 11 pairs of the folder, and the choices."""
     source = label.ExistingPairs(arguments(f"--data {folder} --pairs 11 --out x"))
-    choices = label.Choices(tmp_path / "out", 11, seed=0)
+    choices = label.Choices(tmp_path / "out", source, seed=0)
     for pair in source.make(choices.out):
         choices.add(*pair)
     choices.end()
