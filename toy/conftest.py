@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_diffusion_dpo import handlers, tiny  # noqa: E402, F401
+from test_diffusion_dpo import tiny  # noqa: E402, F401

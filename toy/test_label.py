@@ -11,7 +11,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 from test_tools import refused
 
 import diffusion_dpo as dpo
@@ -93,7 +95,8 @@ def write_png(file, **texts):
 
 GRAPH = {"1": {"inputs": {"text": "blurry"}}, "2": {"inputs": {"text": ["3", 0], "clip": ["9", 1]}},
          "3": {"inputs": {"value": "a cat"}}, "4": {"inputs": {"conditioning": ["2", 0]}}}
-SAMPLER = {"0": {"inputs": {"negative": ["1", 0], "positive": ["4", 0]}}}
+SAMPLER = {"0": {"inputs": {"negative": ["4", 0], "positive": ["2", 0]}},
+           "4": {"inputs": {"conditioning": ["1", 0]}}}
 
 
 @pytest.mark.parametrize("texts, prompt", [
@@ -132,23 +135,27 @@ def arguments(line):
 
 
 def test_pairs_are_drawn_once(tiny, tmp_path, monkeypatch):
-    """The two images of a pair differ, and the policy's are others. What is there is not drawn
+    """The two images of a pair differ, and each policy's are others. What is there is not drawn
     again. A tiny model draws at its own size and without guidance, and trains at this size."""
     (tiny / "prompts.txt").write_text("a cat\n")
     line = f"--model {tiny}/tiny-sd15 --prompts {tiny}/prompts.txt --pairs 1 --out x"
+    policy = shutil.copytree(tiny / "tiny-sd15" / "unet", tmp_path / "unet")
+    weights = load_file(policy / dpo.WEIGHTS_FILE)
+
     contents = set()
-    for more in "", f"--policy {tiny}/tiny-sd15/unet":
+    for out, more in ("1", ""), ("1", f"--policy {policy}"), ("2", f"--policy {policy}"):
         args = arguments(f"{line} {more}")
         source = label.DrawnPairs(args, label.settings(args))
         assert (source.cfg.guidance, source.cfg.resolution) == (1.0, 64)
-        (prompt, names), = source.make(tmp_path)
-        assert prompt == "a cat"
-        contents |= {(tmp_path / "images" / name).read_bytes() for name in names}
-    assert len(contents) == 4
+        (_, names), = source.make(tmp_path / out)
+        contents |= {(tmp_path / out / "images" / name).read_bytes() for name in names}
+        if more and out == "1":
+            save_file(weights | {"conv_out.bias": torch.ones(4)}, policy / dpo.WEIGHTS_FILE)
+    assert len(contents) == 6
+    monkeypatch.setattr(label, "open_task", None)  # so it cannot draw any more
+    assert list(source.make(tmp_path / "2")) == [("a cat", names)]
     args = arguments(f"--data x --model {tiny}/tiny-sd15 --out x")
     assert "--beta 500" in label.training_command(args, None, 100)
-    monkeypatch.setattr(label, "open_task", None)  # so it cannot draw any more
-    assert list(source.make(tmp_path)) == [(prompt, names)]
 
 
 @pytest.fixture
@@ -170,6 +177,7 @@ def served(folder, tmp_path):
     for pair in source.make(choices.out):
         choices.add(*pair)
     choices.end()
+    shutil.copy(folder / "a cat" / "0.png", choices.out / "other.png")
     server = label.make_server(0, choices, "python diffusion_dpo.py ...")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port, choices
@@ -189,8 +197,7 @@ LEFT = json.dumps({"start": label.START, "turn": 0, "choice": "left"})
     (400, "POST", "/choice", LEFT, {"Content-Length": "9999"}),
     (403, "POST", "/choice", LEFT, {"Origin": "http://evil.example"}),
     (403, "GET", "/state", None, {"Host": "evil.example:80"}),
-    (404, "GET", "/images/../pairs.jsonl", None, {}),
-    (404, "GET", "/images/%2e%2e/pairs.jsonl", None, {}),
+    (404, "GET", "/images/../other.png", None, {}),
     (501, "PUT", "/choice", "{}", {})])
 def test_requests(served, status, method, path, body, headers):
     """A choice is taken from the page alone. Other hosts, paths and texts are refused."""

@@ -3,15 +3,12 @@
     pytest toy/test_tools.py        # half a minute, no network, no GPU
 """
 
-import io
 import itertools
 import json
 import os
 import random
 import re
-import runpy
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -38,16 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 import diffusion_dpo as dpo
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with tiny-sd15, tiny-sdxl, tiny-sd35, tiny-clip and pairs.parquet."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny.main([str(folder)])
-    return folder
+from test_diffusion_dpo import colours, jpeg, parquet, pick, sd_line
 
 
 def call(tool, line):
@@ -76,31 +64,6 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def png(colour):
-    """The bytes of an image of one colour; "broken" is no image."""
-    file = io.BytesIO(b"broken")
-    if colour != "broken":
-        Image.new("RGB", (32, 32), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_parquet(path, *pairs):
-    """Pairs (label, colour, colour), in the columns of Pick-a-Pic. The captions are numbers."""
-    rows = [{"caption": str(i), "label_0": label, "jpg_0": png(first), "jpg_1": png(second)}
-            for i, (label, first, second) in enumerate(pairs)]
-    datasets.Dataset.from_list(rows).to_parquet(str(path))
-    return path
-
-
-@pytest.mark.parametrize("tool", [cost, judge])
-def test_a_script_leaves_its_errors_to_run_command(tool, monkeypatch):
-    """It prints them in one line."""
-    mains = []
-    monkeypatch.setattr(dpo, "run_command", mains.append)
-    runpy.run_path(tool.__file__, run_name="__main__")
-    assert mains[0].__name__ == "main"
-
-
 # ------------------------------------------------------------------------------------ make_tiny
 
 def test_what_make_tiny_says_to_run_next(tiny, tmp_path, monkeypatch, capsys):
@@ -122,14 +85,6 @@ def test_make_tiny_spares_other_folders(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd35"])
-def test_tiny_models_are_diffusers_own(tiny, kind):
-    """diffusers loads each of them as the class of the published model, and it samples an image."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny / f"tiny-{kind}")
-    assert dpo.PIPELINES[type(pipe).__name__] == kind
-    assert pipe("a cat", num_inference_steps=1, height=64, width=64).images[0].getbbox()
-
-
 @pytest.mark.parametrize("kind, parameters", [
     ("sd15", 859_520_964 + 83_653_863 + 123_060_480),
     ("sdxl", 2_567_463_684 + 83_653_863 + 123_060_480 + 694_659_840),
@@ -142,16 +97,6 @@ def test_published_sizes(kind, parameters):
 
 
 # --------------------------------------------------------------------------------- cost: memory
-
-def flags_of(tiny, kind, more):
-    """Of a training on tiny models."""
-    return (f" --model {tiny}/tiny-{kind} --data {tiny}/pairs.parquet --resolution 64 --workers 0"
-            f" --sample-every 0 {more}")
-
-
-def account(tiny, kind, more=""):
-    return cost.account(cost.parse(flags_of(tiny, kind, f"--precision bf16 {more}").split()))
-
 
 def bytes_of(*holders):
     """The bytes of all tensors in modules and lists. What several share counts once."""
@@ -183,7 +128,8 @@ def most_allocated(function):
 def test_memory_is_that_of_a_run(tiny, kind, more):
     """Weights and states are those of a run, its tensors counted. The peaks of a second step and of
     an evaluation are what the profiler sees: the CPU's kernels may need some more."""
-    flags = flags_of(tiny, kind, f"--precision bf16 --draws 10 --lr 1e-5 {more}").split()
+    line = sd_line(tiny, f"tiny-{kind}", f"--precision bf16 --draws 10 --lr 1e-5 {more}")
+    flags = line.split()
     found, cfg = cost.account(cost.parse(flags)), dpo.parse(flags)
     cfg.eval_split = "train[:4]"
     task = dpo.make_task(cfg, torch.device("cpu"))
@@ -207,47 +153,48 @@ def test_memory_is_that_of_a_run(tiny, kind, more):
     weights = bytes_of(*networks, *encoders_of(task.pipe), constants)
     assert (found["weights"], found["states"]) == (weights, states)
     before = weights + states
-    assert before + evaluation == pytest.approx(found["evaluation"], rel=0.05)
+    # A CPU without bf16 of its own computes in fp32 copies, here up to an eighth of the whole.
+    assert 0.95 < (before + evaluation) / found["evaluation"] < 1.13
     assert before - (not accumulates) * gradients + peak == pytest.approx(found["peak"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd35"])
-def test_memory_of_data_encoded_ahead(tiny, kind):
+def test_memory_of_data_encoded_ahead(tiny):
     """A run needs less by the VAE and the text encoders, on the GPU and while it is loaded. A
     picture needs them again. On the host all is in fp32, and the network is there twice."""
-    images = account(tiny, kind, "--lora 0 --draws 20")
-    ahead = account(tiny, kind, "--lora 0 --draws 20 --encoded")
-    pipe = dpo.load_pipeline(f"{tiny}/tiny-{kind}")
-    network = pipe.transformer if kind == "sd35" else pipe.unet
-    assert ahead["host"] == pytest.approx(2 * bytes_of(network), rel=0.1)
+    flags = sd_line(tiny, "tiny-sd35", "--precision bf16 --lora 0 --draws 20").split()
+    images = cost.account(cost.parse(flags))
+    ahead = cost.account(cost.parse([*flags, "--encoded"]))
+    pipe = dpo.load_pipeline(f"{tiny}/tiny-sd35")
+    assert ahead["host"] == pytest.approx(2 * bytes_of(pipe.transformer), rel=0.1)
     assert images["host"] - ahead["host"] == pytest.approx(bytes_of(*encoders_of(pipe)), rel=0.1)
 
-    dpo.prepare_encoders(pipe, dpo.parse(["--model", kind, "--precision", "bf16"]), "cpu")
+    dpo.prepare_encoders(pipe, dpo.parse(["--model=sd35", "--precision=bf16"]), "cpu")
     dropped = bytes_of(*encoders_of(pipe))
     assert images["weights"] - ahead["weights"] == dropped
-    assert images["states"] == ahead["states"]
-    assert images["at"] == ahead["at"] != "encode"
     assert images["peak"] - ahead["peak"] == pytest.approx(dropped, rel=0.01)
     assert images["picture"] == pytest.approx(ahead["picture"], rel=0.01)
 
 
 def test_the_table_of_memory(capsys):
-    """cost_memory.json has its rows, computed as now. Printed, it fits 100 columns."""
+    """cost_memory.json has its rows, computed as now."""
     table = read_json(ROOT / "toy" / "cost_memory.json")
-    assert [row[cost.MEMORY_FLAGS] for row in table] == cost.MEMORY_ROWS.splitlines()
-    cost.print_table(table)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
-    call(cost, f"memory {cost.MEMORY_FLAGS} {cost.MEMORY_ROWS.splitlines()[0]}")
-    printed = capsys.readouterr().out.split("|")
-    assert [cell.strip() for cell in printed[-7:-1]] == [
-        f"{value:.1f}" if isinstance(value, float) else value for value in [*table[0].values()][1:]]
+    rows = cost.MEMORY_ROWS.splitlines()
+    assert [row[cost.MEMORY_FLAGS] for row in table] == rows
+    cost.print_table(table[4:5])
+    wanted = capsys.readouterr().out.splitlines()[-1].removeprefix(f"| {rows[4]}")
+    call(cost, f"memory {cost.MEMORY_FLAGS} {rows[4]}")
+    assert capsys.readouterr().out.strip().endswith(wanted)
 
 
 # ----------------------------------------------------------------------------------- cost: time
 
-@pytest.fixture
-def told(monkeypatch):
-    """A clock that moves only by the seconds that the parts of a step are said to take."""
+@pytest.mark.parametrize("lora", [0, 2])
+def test_time_by_a_clock_that_is_told(tiny, tmp_path, monkeypatch, lora):
+    """`time` finds what each part takes, the floor, the FLOP/s and how long a whole step takes.
+
+    The clock moves only by what the parts of a step are said to take. The first two steps do not
+    count. Nothing is saved but time.json.
+    """
     now = [0.0]
 
     def slow(place, name, seconds_of):
@@ -260,31 +207,18 @@ def told(monkeypatch):
 
         monkeypatch.setattr(place, name, slower)
 
-    def forward_seconds(out):
-        if not out.requires_grad:
-            return 3  # the reference
-        out.register_hook(lambda gradient: now.append(now.pop() + 7))
-        return 5
-
     optimizer_seconds = iter([100, 100, 11, 11])
     slow(dpo, "read_image", lambda out: 1)
     slow(dpo.StableDiffusion, "encode", lambda out: 2)
-    slow(dpo.Denoiser, "forward", forward_seconds)
+    slow(dpo.Denoiser, "forward", lambda out: 5 if out.requires_grad else 3)  # or the reference
+    slow(torch.Tensor, "backward", lambda out: 7)
     slow(nn.utils, "clip_grad_norm_", lambda out: 13)
     slow(torch.optim.AdamW, "step", lambda out: next(optimizer_seconds))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(cost, "matmul_rate", lambda *given: 100)
-    monkeypatch.setattr(dpo.StableDiffusion, "save", None)  # nothing is saved
-
-
-@pytest.mark.parametrize("lora", [0, 2])
-def test_time_by_a_clock_that_is_told(tiny, tmp_path, told, lora):
-    """`time` finds what each part takes, the floor, the FLOP/s and how long a whole step takes.
-
-    The first two steps do not count. Only time.json is left.
-    """
-    call(cost, "time" + flags_of(tiny, "sd15", "--batch 16 --micro-batch 1 --timed-steps 2"
-                                 f" --lora {lora} --out {tmp_path}"))
+    monkeypatch.setattr(dpo.StableDiffusion, "save", None)
+    flags = f"--batch 16 --micro-batch 1 --timed-steps 2 --lora {lora} --lr 1e-5 --out {tmp_path}"
+    call(cost, "time " + sd_line(tiny, "tiny-sd15", flags))
     found = read_json(tmp_path / "time.json")
     pairs = 4  # 4 micro-batches of 1 pair
     parts = {"data wait": pairs * 2, "encode": pairs * 2, "reference": pairs * 3,
@@ -301,14 +235,20 @@ def test_time_by_a_clock_that_is_told(tiny, tmp_path, told, lora):
 
 
 def test_timed_steps_are_those_of_a_run(tiny, tmp_path, monkeypatch):
-    """Clock and floor do not change the training: the losses are those of the same run."""
-    runs, train = [], dpo.train
-    monkeypatch.setattr(dpo, "train", lambda *given: runs.append(train(*given)))
-    flags = flags_of(tiny, "sd15", f"--batch 4 --steps 3 --lr 1e-2 --out {tmp_path}/")
-    call(dpo, flags + "run")
-    call(cost, "time" + flags + "cost --timed-steps 1")
-    one, other = [[row["loss"] for row in rows] for rows in runs]
-    assert one == other and len({*one}) == 3
+    """Clock and floor do not change the training: the losses are those of the same run. If the data
+    are encoded ahead, neither VAE nor text encoders are there."""
+    losses, train = [], dpo.train
+
+    def train_and_look(task, *given):
+        losses.append([row["loss"] for row in train(task, *given)])
+        assert not any(encoders_of(task.pipe))
+
+    flags = sd_line(tiny, "tiny-sdxl", f"--steps 3 --lr 1e-2 --out {tmp_path}/")
+    call(encode, flags + "set")
+    monkeypatch.setattr(dpo, "train", train_and_look)
+    call(dpo, f"{flags}run --data {tmp_path}/set")
+    call(cost, f"time {flags}cost --data {tmp_path}/set --timed-steps 1")
+    assert losses[0] == losses[1] and len({*losses[0]}) == 3
 
 
 def test_a_published_model_needs_no_download(tmp_path, monkeypatch):
@@ -318,26 +258,6 @@ def test_a_published_model_needs_no_download(tmp_path, monkeypatch):
                            f" --timed-steps 1 --out {tmp_path}")
     found = read_json(tmp_path / "time.json")
     assert found["world_size"] == found["timed_batch"] == 2
-
-
-def test_time_of_data_encoded_ahead(tiny, tmp_path, monkeypatch):
-    """Neither VAE nor text encoders are there."""
-    flags = flags_of(tiny, "sdxl", f"--batch 4 --out {tmp_path}/")
-    call(encode, flags + "set")
-    monkeypatch.setattr(dpo, "prepare_encoders", lambda pipe, *_: pipes.append(pipe))
-    pipes = []
-    call(cost, f"time {flags}cost --data {tmp_path}/set --timed-steps 1")
-    assert not any(encoders_of(pipes[0]))
-    assert read_json(tmp_path / "cost" / "time.json")["timed_batch"] == 4
-
-
-def test_a_signal_ends_it(tiny, tmp_path, capsys, monkeypatch):
-    """The exit code is the signal's, and it says that nothing was timed."""
-    monkeypatch.setattr(dpo, "metric_sums", lambda *given: (
-        signal.raise_signal(signal.SIGTERM) or torch.zeros(9)))
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        call(cost, "time" + flags_of(tiny, "sd15", f"--batch 4 --out {tmp_path}"))
-    assert "nothing was timed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, match", [
@@ -388,37 +308,31 @@ def redness(monkeypatch):
     return captions
 
 
-def label(data, out, more="", by=call):
-    by(judge, f"label --data {data} --scorer red --out {out} {more}")
+def label(data, out, by=call):
+    by(judge, f"label --data {data} --scorer red --margin 165 --out {out}")
     return datasets.Dataset.from_parquet(str(out)).to_list()
 
 
 MIXED = [(1.0, "red", "blue"), (0.0, "red", "blue"), (0.5, "blue", "red"), (1.0, "blue", "blue"),
-         (1.0, "broken", "red"), (0.0, "blue", "red"), (1.0, (90, 0, 0), "red")]
+         (1.0, b"broken", "red"), (0.0, "blue", "red"), (1.0, (90, 0, 0), "red")]
 
 
 @pytest.mark.parametrize("by", [call, in_two_processes])
 def test_labels_are_the_scorers(tmp_path, capfd, redness, by):
-    """They replace people's, ties too. The scorer's ties and what cannot be read are left out.
+    """They replace people's, ties too. Left out is what cannot be read, and pairs whose scores
+    differ by no more than --margin, as in the last one, 255 - 90.
 
     --data reads the file, and two processes write the same one.
     """
-    data, out = write_parquet(tmp_path / "pairs.parquet", *MIXED), tmp_path / "new/labels.parquet"
-    made = label(data, out, by=by)
+    rows = [pick(*pair, str(i), form="PNG") for i, pair in enumerate(MIXED)]
+    data, out = parquet(tmp_path / "pairs.parquet", rows), tmp_path / "new/labels.parquet"
+    made = label(data, out, by)
     assert [(row["caption"], row["label_0"]) for row in made] == [
-        ("0", 1), ("1", 1), ("2", 0), ("5", 0), ("6", 0)]
-    assert "2 of 4" in capfd.readouterr().out  # pairs that people and scorer decided
+        ("0", 1), ("1", 1), ("2", 0), ("5", 0)]
+    assert "2 of 3" in capfd.readouterr().out  # pairs that people and scorer decided
     assert [*out.parent.iterdir()] == [out]
     pairs = dpo.open_pairs(dpo.parse(f"--model sd15 --data {out}".split()), "train")
-    preferred = [pairs[dpo.HELD_OUT, row]["images"][0, :, 9, 9].tolist() for row in range(5)]
-    assert preferred == [[255, 0, 0]] * 5
-
-
-def test_labelling_margin(tmp_path, redness):
-    """Pairs whose scores differ by no more than --margin are left out."""
-    data = write_parquet(tmp_path / "pairs.parquet", *MIXED)
-    made = label(data, tmp_path / "labels.parquet", "--margin 165")
-    assert [row["caption"] for row in made] == ["0", "1", "2", "5"]  # 6: 255 - 90 and no more
+    assert [colours(pairs[dpo.HELD_OUT, row]) for row in range(4)] == [["red", "blue"]] * 4
 
 
 def test_labelling_goes_on_after_a_kill(tmp_path, redness):
@@ -430,14 +344,14 @@ def test_labelling_goes_on_after_a_kill(tmp_path, redness):
     lines = [{"prompt": name, "preferred": f"{name}.png", "rejected": "blue.png"} for name in names]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in [*names, "blue"]:
-        (tmp_path / f"{name}.png").write_bytes(png("blue" if name == "blue" else "red"))
+        (tmp_path / f"{name}.png").write_bytes(jpeg("blue" if name == "blue" else "red"))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             label(tmp_path, out)
     assert redness == ["0", "1", "poison", "poison"]
 
     (tmp_path / "poison.png").write_bytes(b"broken")
-    assert [row["jpg_0"] for row in label(tmp_path, out)] == [png("red")] * 2
+    assert [row["jpg_0"] for row in label(tmp_path, out)] == [jpeg("red")] * 2
     assert redness[4:] == ["0", "1"]
     out.unlink()
     (tmp_path / "1.png").write_bytes(b"broken")
@@ -483,7 +397,6 @@ def contest(tiny, tmp_path, sampled):
     """Compares tiny SD1.5 with a copy of its weights. Returns comparison.json."""
     shutil.copytree(tiny / "tiny-sd15" / "unet", tmp_path / "policy")
     (tmp_path / "prompts.txt").write_text("a cat\na cat\n\na dog\na long prompt\n")
-
 
     def compare(more="", run=f"{tmp_path}/policy --model {tiny}/tiny-sd15 --resolution 64",
                 by=call):
@@ -537,8 +450,8 @@ def test_compare_in_two_processes(contest, tmp_path):
 
 def test_compare_judges_a_run_as_it_was_trained(tiny, tmp_path, contest):
     """The folder of a LoRA run, or of its adapters, tells model, resolution, guidance and rank."""
-    run, flags = tmp_path / "run", "--lora 2 --batch 4 --steps 1 --lr 0.5 --guidance 1"
-    call(dpo, flags_of(tiny, "sd15", f"{flags} --out {run}"))
+    run, flags = tmp_path / "run", "--lora 2 --steps 1 --lr 0.5 --guidance 1"
+    call(dpo, sd_line(tiny, "tiny-sd15", f"{flags} --out {run}"))
     for folder in run, run / "lora":
         found = contest(run=folder)
         assert found["resolution"] == 64 and found["diversity"]["difference"] != 0
@@ -552,8 +465,6 @@ def wrong(tmp_path_factory):
     """A folder of things that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "prompts.txt").write_text("a cat")
-    (folder / "blank.txt").write_text("\n \n")
-    (folder / dpo.LORA_FILE).write_bytes(b"torn")
     make_tiny.make_scorer(folder / "half")
     weights = load_file(folder / "half" / "model.safetensors")
     del weights["visual_projection.weight"]
@@ -562,16 +473,13 @@ def wrong(tmp_path_factory):
 
 
 COMPARE = "compare --scorers {tiny}/tiny-clip --out out --prompts {wrong}/prompts.txt --policy "
-SD15 = " --model {tiny}/tiny-sd15"
 
 
 @pytest.mark.parametrize("line, match", [
-    ("", "compare,label"), ("label --data x --out out --margin -1", "--margin"),
     ("label --data {tiny}/pairs.parquet --out {wrong}/prompts.txt", "--out"),
     ("label --data {tiny}/pairs.parquet --out out.parquet --scorer {wrong}/half", "half"),
-    (COMPARE + "x --prompts {wrong}/blank.txt", "--prompts"),
     (COMPARE + "x --images 0", "--images"), (COMPARE + "{tiny}", "--model"),
-    (COMPARE + "{wrong}", "--policy"), (COMPARE + "{tiny}" + SD15, "safetensors")])
+    (COMPARE + "{tiny} --model {tiny}/tiny-sd15", "safetensors")])
 def test_wrong_input_of_judge(line, match, tiny, wrong, tmp_path, monkeypatch):
     """It is refused by the name of the culprit, and no result is written."""
     monkeypatch.chdir(tmp_path)
