@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Diffusion-DPO: a lab of 90 minutes
 #
-# **Diffusion-DPO** fine-tunes a diffusion model on pairs of images, one of which people preferred
-# to the other. In this lab you build the method in eight exercises. It needs a laptop and no GPU.
+# **Diffusion-DPO** fine-tunes a diffusion model on pairs of images. In each pair people preferred
+# one image to the other. In this lab you build the method in eight exercises. It needs a laptop and
+# no GPU.
 #
 # You should know PyTorch, and how a diffusion model is trained: noise is added to a sample, and a
 # network predicts that noise.
@@ -20,17 +21,19 @@
 # | 8. A loss of your own | 8 |
 # | Faces | 7 |
 #
-# Each exercise has a cell to fill, where a line says `your code here`. The next cell checks it.
-# The cell after it draws a picture, and sometimes a question follows.
+# Each exercise has a cell to fill. Replace the `...` where a line says `your code here`. The next
+# cell checks your code: it says that it is right, or what is wrong. The cell after it draws a
+# picture, and a question follows.
+#
+# Later cells use your functions. If you are stuck, take the code from
+# `toy/lecture_solutions.ipynb`, which has the answers to the questions as well.
+#
+# **Before you begin.** On your own machine install Jupyter and the packages of requirements.txt.
+# The code runs on Linux and macOS. On Windows use WSL or Colab.
 #
 # **Do this now.** The last part needs a small model of faces, which is trained in about 7 minutes
-# on two free cores. Open a terminal in the folder of the repository, with the Python that this
-# notebook has, and start the training there:
-#
-#     python toy/faces.py
-#
-# On Colab run the next cell first, and then the command in Colab's terminal. The code runs on Linux
-# and macOS. On Windows use WSL or Colab.
+# on two free cores. Run the next cell. It prints a command that starts this training. Paste the
+# command into a terminal; Colab has one, too. If none is printed, the model is there already.
 #
 # **For the lecturer.** On Colab the next cell downloads the repository. Write its address into
 # `REPOSITORY` before you hand out this notebook.
@@ -60,6 +63,11 @@ assert root, ("diffusion_dpo.py was not found. Either open this notebook in the 
 os.chdir(root)
 sys.path.insert(0, str(root))
 
+BASE = os.environ.get("FACES", "toy/tiny-faces")  # the model of faces
+MAKE_FACES = f'cd "{root}" && "{sys.executable}" toy/faces.py'
+if not Path(BASE, "pairs.parquet").exists():
+    print(f"Run this in a terminal now:\n\n    {MAKE_FACES}")
+
 # %%
 import contextlib
 import io
@@ -75,8 +83,8 @@ import diffusion_dpo as dpo
 from toy import distance
 
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
-BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
-plt.rcParams.update({"font.size": 15, "lines.linewidth": 3, "figure.dpi": 60,
+BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#000000"
+plt.rcParams.update({"font.size": 15, "lines.linewidth": 3, "figure.dpi": 90,
                      "figure.constrained_layout.use": True})
 
 
@@ -97,13 +105,13 @@ def train(flags, loss=dpo.dpo_loss):
 def show_densities(densities):
     """A panel for each density {title: (BINS, BINS)}. All have one colour scale.
 
-    It shows the root of the density, so that thin parts are seen as well.
+    It shows the square root of the density, so that thin parts are seen as well.
     """
-    _, axes = plt.subplots(1, len(densities), figsize=(5 * len(densities), 5.5))
+    _, axes = plt.subplots(1, len(densities), figsize=(3.6 * len(densities), 4))
     brightest = max(p.max() for p in densities.values()) ** 0.5
     for ax, (title, p) in zip(axes, densities.items(), strict=True):
         ax.imshow(p.T.sqrt(), origin="lower", vmax=brightest, cmap="viridis")
-        ax.set_title(title, fontsize=22)
+        ax.set_title(title, fontsize=16)
         ax.axis("off")
     plt.show()
 
@@ -117,8 +125,10 @@ def show_densities(densities):
 #   denoiser is known exactly.
 # - The **policy** is the model that is trained. It starts as a copy of the reference.
 # - A known **reward** R gives each point a number. It is a hill on the right side of the ring.
-# - A **pair** is two samples of the reference. One of them, x_w, was preferred. The other one, x_l,
-#   was rejected.
+# - A **pair** is two samples of the reference. One of them, x_w (w for winner), was preferred. The
+#   other one, x_l (l for loser), was rejected. This choice is the **label** of the pair.
+#
+# The picture shows 300 pairs. On the right most points were preferred.
 
 # %%
 toy = dpo.Toy(dpo.parse(["--toy"]))
@@ -128,17 +138,18 @@ _, ax = plt.subplots(figsize=(6, 6))
 ax.scatter(*x_l[:300].T, s=30, c=ORANGE, marker="x", label="rejected")
 ax.scatter(*x_w[:300].T, s=30, c=BLUE, marker="o", label="preferred")
 ax.set(title="300 pairs", aspect="equal")
-ax.legend()
+ax.legend(loc="center", fontsize=12, handletextpad=0)  # in the hole of the ring
 plt.show()
 
 # %% [markdown]
 # ## Exercise 1. Bradley-Terry: a reward explains labels (8 minutes)
 #
-# People do not always agree. The model of Bradley and Terry says that x_0 is preferred to x_1 with
-# probability sigmoid(R(x_0) - R(x_1)).
+# People do not always agree. The model of Bradley and Terry says how likely a label is. The first
+# of two points is preferred with probability sigmoid(R(first) - R(second)). For the rewards 1 and 0
+# this is 1 / (1 + e^-1) = 0.73.
 #
 # A model of the labels is judged by its **loss**: minus the logarithm of the probability that it
-# gave to the label. Write both.
+# gave to the label. Write this probability and this loss.
 
 # %%
 def chance(reward_0, reward_1):
@@ -183,7 +194,7 @@ plt.figure(figsize=(7, 4.5))
 plt.plot(x, chance(x, 0 * x), c=BLUE, label="your chance()")
 plt.plot((edges[:-1] + edges[1:]) / 2, shares, "o", ms=10, c=ORANGE, label="the labels")
 plt.xlabel("difference of the two rewards")
-plt.ylabel("share: the larger one wins")
+plt.ylabel("how often the larger one wins")
 plt.legend()
 plt.show()
 
@@ -202,13 +213,20 @@ print(f"loss of the true reward:            {label_loss(difference, 0 * differen
 # %% [markdown]
 # ## Exercise 2. The loss of Diffusion-DPO (10 minutes)
 #
-# DPO has no separate reward. It takes R = beta (log p_theta - log p_ref), where p_theta is the
-# policy and p_ref the reference. **beta** says how strongly the policy is held near the reference.
+# Say that a policy should get a large reward, and stay near the reference p_ref. The best one is
+# p_ref exp(R / beta) / Z, where the constant Z makes it a density (exercise 6). **beta** says how
+# strongly the policy is held near the reference.
 #
-# A diffusion model cannot compute log p. Minus its denoising error stands in for it, up to a
-# constant, as exercise 3 shows. The policy has the errors err_w and err_l on the two points of a
-# pair. The reference has ref_err_w and ref_err_l. So the model of exercise 1 becomes Eq. 14 of the
-# paper (arXiv:2311.12908):
+# DPO has no separate reward. It reads that formula backwards. Every policy p_theta is the best one
+# for the reward
+#
+#     R = beta (log p_theta - log p_ref) + const
+#
+# The constant cancels in the difference of two rewards. A diffusion model cannot compute log p.
+# Minus its **denoising error**, a weighted squared error of the predicted noise, stands in for it.
+# Exercise 3 shows why. The policy has the errors err_w and err_l on the two points of a pair. The
+# reference has ref_err_w and ref_err_l. So the model of exercise 1 becomes Eq. 14 of the paper
+# (arXiv:2311.12908):
 #
 #     logit = beta [(ref_err_w - err_w) - (ref_err_l - err_l)]
 #     loss  = -log sigmoid(logit)
@@ -238,22 +256,22 @@ assert not torch.isclose(logit, torch.tensor(-0.6)).all(), (
 assert torch.isclose(logit, torch.tensor(0.6)).all(), (
     f"For the pair by hand the logit should be 0.6, and yours is {logit.item():.3f}. Is each error"
     " of the policy subtracted from that of the reference? Is the part of x_l subtracted from that"
-    " of x_w? Is beta a factor?")
+    " of x_w? Is beta a factor? Do you return the losses first, and then the logits?")
 assert losses.shape == (1,), "Return one loss for each pair. The mean comes later."
 assert torch.isclose(losses, F.softplus(-logit)).all(), (  # softplus(x) is log(1 + e^x)
     f"For the pair by hand the loss should be log(1 + e^-0.6), and yours is {losses.item():.3f}."
     " It is minus the logarithm of the sigmoid of the logit.")
 swapped = by_hand[[1, 0, 3, 2]]  # the logit is now negative: -1500 for a beta of 5000
 assert my_dpo_loss(*swapped, beta=5000.0)[0].isfinite().all(), (
-    "Your loss is infinite for a large beta, because the sigmoid is rounded to 0 before you take"
-    " its logarithm. F.logsigmoid does both at once, and safely.")
+    "Your loss is infinite for a large beta: a sigmoid is rounded to 0 before you take its"
+    " logarithm, or an exponential is too large. F.logsigmoid avoids both.")
 four = 3 * torch.rand(4, 100, generator=dpo.seeded_generator("exercise 2"))
 for mine, ours in zip(my_dpo_loss(*four, 5.0), dpo.dpo_loss(*four, 5.0), strict=True):
     assert torch.allclose(mine, ours, atol=1e-5), "On other pairs it differs from dpo.dpo_loss."
 print("Exercise 2: right.")
 
 # %%
-err_w = torch.linspace(-1, 3, 100)  # the other three errors and beta as by hand
+err_w = torch.linspace(0, 3, 100)  # the other three errors and beta as by hand
 losses, logit = my_dpo_loss(err_w, 1.2, 1.1, 1.0, beta=2.0)
 loss_by_hand, _ = my_dpo_loss(*by_hand, beta=2.0)
 plt.figure(figsize=(7, 4.5))
@@ -271,22 +289,29 @@ plt.show()
 
 # %% [markdown] tags=["solution"]
 # **Answer.** Before the first step the policy equals the reference. The logit is 0, and the loss
-# is log 2. If both errors rise by 1, the loss does not change. It only sees their difference.
+# is log 2. If both errors rise by 1, the loss does not change. It sees only their difference.
 # Exercise 7 shows what follows from that.
 
 # %% [markdown]
 # ## Exercise 3. The weight of an error (11 minutes)
 #
-# Diffusion models are trained on the **ELBO**, a lower bound of log p. Its terms are KL
-# divergences, one for each step from a noise level t to t - 1. A KL is measured in **nats**, the
-# unit of natural logarithms.
+# The loss of a diffusion model comes from the **ELBO**, a lower bound of log p. Minus the ELBO is a
+# sum of KL divergences, up to a constant. There is one for each step from a noise level t to t - 1.
+# A KL is measured in **nats**, the unit of natural logarithms.
 #
-# Such a step is a Gaussian. Given x_t, take the step once with the true noise eps, and once with
-# the predicted noise eps_hat. The two Gaussians differ in their means only. The KL between them
-# turns out to be omega_t times the squared error of eps_hat. Find omega_t.
+# A point x_0 with the noise eps of level t is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Here
+# abar_t is `alphas_cumprod[t]`. A step from x_t is a Gaussian. Take it once with the true noise,
+# eps, and once with the predicted noise, eps_hat. The two Gaussians differ in their means only.
 #
-# `distance.ddim_step(x_t, eps, abar_t, abar_next)` returns the mean and the standard deviation of
-# the step. abar_t is `alphas_cumprod[t]`, the share of the signal in the variance of x_t.
+# Write the KL of two Gaussians, and then the KL of two such steps. The check shows that the latter
+# is the squared error of eps_hat times a weight, omega_t. Two things help:
+#
+# - A KL is the mean of log p(x) - log q(x) over samples x of p. For a Gaussian, log p(x) is
+#   -||x - mean||^2 / (2 std^2), up to a constant.
+# - `distance.ddim_step(x_t, eps, abar_t, abar_next)` returns the mean and the standard deviation of
+#   the step. abar_next is that of level t - 1.
+#
+# The picture shows T omega_t, where T is the number of levels.
 
 # %%
 def kl_of_gaussians(mean, other_mean, std):
@@ -315,12 +340,12 @@ assert kl is not None, "kl_of_gaussians() returns nothing yet. Replace its ... b
 assert kl.shape == (5,), "Return one KL for each row. Sum over the dimensions, which are dim 1."
 normal, other = (torch.distributions.Normal(mean, std) for mean in (eps, eps_hat))
 wanted = torch.distributions.kl_divergence(normal, other).sum(1)
-assert not torch.allclose(kl, 2 * wanted), "Your KL is twice too large. Divide by 2 std^2."
+assert not torch.allclose(kl, 2 * wanted), "Your KL is twice the right one. Divide by 2 std^2."
 assert torch.allclose(kl, wanted), (
     "The KL should be the squared distance of the means, divided by 2 std^2.")
 
 alphas_cumprod = toy.alphas_cumprod.double()
-omega = dpo.elbo_weight(alphas_cumprod) / len(alphas_cumprod)  # (T,); the script has T omega_t
+omega = dpo.elbo_weight(alphas_cumprod) / len(alphas_cumprod)  # (T,); it returns T omega_t
 kl = kl_of_steps(alphas_cumprod, 50, x_t, eps, eps_hat)
 assert kl is not None, "kl_of_steps() returns nothing yet."
 error = (eps - eps_hat).square().sum(1)
@@ -345,28 +370,31 @@ plt.legend(fontsize=12)
 plt.show()
 
 # %% [markdown]
-# T is the number of levels. Say that t is drawn at random, and that the squared error is multiplied
-# by T omega_t. Then the mean of this product is the sum over all levels. So minus the weighted
-# error estimates the ELBO, up to a constant. From now on, *error* means this product.
+# Say that t is drawn at random, and that the squared error is multiplied by T omega_t. Then the
+# mean of this product is the sum over all levels. So minus the product estimates the ELBO, up to a
+# constant. From now on, *error* means this product. (The usual training of DDPM has a constant
+# weight instead, and so have the faces below.)
 #
 # **Question.** The signal-to-noise ratio is SNR_t = abar_t / (1 - abar_t), and omega_t is
-# (SNR_{t-1} / SNR_t - 1) / 2. Why has the toy the same weight at all levels?
+# (SNR_{t-1} / SNR_t - 1) / 2. The toy has `torch.sigmoid(torch.linspace(8, -6, 100))` as its
+# alphas_cumprod. Why does it have the same weight at all levels?
 
 # %% [markdown] tags=["solution"]
-# **Answer.** The toy's levels are evenly spaced in log SNR. So the ratio of the SNRs of two
-# neighbours is the same everywhere, and with it omega_t.
+# **Answer.** If abar_t = sigmoid(s), then SNR_t = e^s. So the toy's levels are evenly spaced in log
+# SNR. The ratio of the SNRs of two neighbours is the same everywhere, and with it omega_t.
 
 # %% [markdown]
 # ## Exercise 4. Why a pair shares its noise (10 minutes)
 #
 # A **draw** is one random level t and one random noise eps, at which errors are compared. The logit
-# of a single draw is noisy. The script uses the same draw for both points of a pair. How much does
-# that help?
+# of a single draw is noisy. The script, diffusion_dpo.py, uses the same draw for both points of a
+# pair. How much does that help?
 #
 # `dpo.pair_errors(task, x_w, x_l, t, eps, {})` returns err_w, err_l, ref_err_w and ref_err_l, with
-# the same draw for both points. Call it twice, so that each point gets a draw of its own.
+# the same draw for both points. (The `{}` would hold the captions of images.) Call it twice, so
+# that each point gets a draw of its own.
 #
-# We need a policy that has learnt something. 300 steps are enough here.
+# We need a policy that has learnt something. 300 steps are enough here, and take some seconds.
 
 # %%
 young, _ = train("--toy --steps 300")
@@ -428,14 +456,16 @@ with torch.no_grad():
             found.append(one_draw_logit(young, some_w, some_l, (t, eps), draw_l))
 
 stds = {name: torch.stack(found).std(0).mean().item() for name, found in logits.items()}
-plt.figure(figsize=(7, 4))
-plt.bar(stds.keys(), stds.values(), color=[BLUE, GREEN, ORANGE])
+size = torch.stack(logits["t and eps"]).mean(0).std().item()
+plt.figure(figsize=(7, 4.5))
+bars = plt.bar(stds.keys(), stds.values(), color=[BLUE, GREEN, ORANGE])
+plt.bar_label(bars, fmt="%.2f")
+plt.axhline(size, c=BLACK, ls=":", label=f"mean logits, over pairs: {size:.2f}")
+plt.ylim(top=1.3 * max(stds.values()))
 plt.xlabel("what the two points share")
-plt.ylabel("std of the logit")
+plt.ylabel("std of a logit, over draws")
+plt.legend(loc="upper left")
 plt.show()
-size = torch.stack(logits["t and eps"]).mean(0).std()
-print("standard deviation over draws:", {name: round(std, 2) for name, std in stds.items()})
-print(f"standard deviation over pairs of the mean logit: {size:.2f}")
 
 # %% [markdown]
 # **Question.** Why does sharing help? Is a single draw enough to tell the logit of a pair?
@@ -443,14 +473,16 @@ print(f"standard deviation over pairs of the mean logit: {size:.2f}")
 # %% [markdown] tags=["solution"]
 # **Answer.** The errors of both points depend on the noise in a similar way. So with shared noise
 # most of the dependence cancels in their difference. Still, the noise of a single draw is larger
-# than the spread of the mean logits over pairs. So one draw says little about a pair.
+# than the spread of the mean logits over pairs, the dotted line. So one draw says little about a
+# pair.
 
 # %% [markdown]
 # ## Exercise 5. One draw or many (9 minutes)
 #
-# The logit should have the mean of the errors over all draws. The paper takes a single draw. The
-# toy takes K = 64 draws for each pair, and averages the errors over them. The logit is linear in
-# the errors, so this is the mean of the logits of single draws.
+# The ELBO is a mean over all draws, so the logit should contain the mean of each error over all
+# draws. The paper takes a single draw. The toy takes K = 64 draws for each pair, and averages the
+# errors over them. The logit is linear in the errors. So this is the mean of the logits of single
+# draws.
 #
 # Compare the two orders: first the mean over the draws and then the loss, or the reverse.
 
@@ -479,7 +511,8 @@ two_pairs = two_draws.T  # of one draw each: there is nothing to average inside 
 assert loss_of_mean(two_draws) is not None, "loss_of_mean() returns nothing yet."
 assert mean_of_losses(two_draws) is not None, "mean_of_losses() returns nothing yet."
 for mean_loss in (loss_of_mean(two_pairs), mean_of_losses(two_pairs)):
-    assert mean_loss.shape == (), "Both functions should return one number: a mean over the pairs."
+    assert torch.is_tensor(mean_loss) and mean_loss.shape == (), (
+        "Both functions should return a tensor of one number: a mean over the pairs.")
 assert not math.isclose(loss_of_mean(two_draws), mean_of_losses(two_draws), rel_tol=1e-3), (
     "Your two losses are equal. In loss_of_mean the mean over draws, dim 1, goes into logsigmoid.")
 assert math.isclose(loss_of_mean(two_draws), by_hand_loss(1), rel_tol=1e-3), (
@@ -502,7 +535,7 @@ for K, colour in ((1, ORANGE), (4, GREEN), (64, BLUE)):
     plt.plot(scales, losses, c=colour, label=f"K = {K}")
     best = losses.argmin()
     plt.plot(scales[best], losses[best], "o", ms=12, c=colour)
-plt.ylim(0.6, 0.8)
+plt.ylim(0.59, 0.8)
 plt.xlabel("factor on all logits")
 plt.ylabel("loss (dot: the lowest)")
 plt.title("K draws, averaged inside the loss")
@@ -517,26 +550,30 @@ print(f"the loss of the mean logits {loss_of_mean(many):.3f},"
 
 # %% [markdown] tags=["solution"]
 # **Answer.** -log sigmoid is convex. So the mean of the losses is larger than the loss of the mean
-# (Jensen's inequality), and the more so the larger the noise is. Small logits have little noise.
-# With one draw the training therefore keeps the logits too small. The policy is too cautious.
+# (Jensen's inequality). The difference grows with the noise, and small logits have little noise.
+# With one draw the training therefore keeps the logits too small. In the picture the best factor is
+# about 1/4 for K = 1, and about 1 for K = 64. The policy is too cautious.
 
 # %% [markdown]
 # ## Exercise 6. The optimum, and a training that finds it (13 minutes)
 #
-# The toy's full training takes about a minute. **Start it now,** and write the function below while
-# it runs.
+# The toy's full training takes one or two minutes. **Start it now,** and write the function below
+# while it runs.
 
 # %%
 task, rows = train("--toy")
 
 # %% [markdown]
-# DPO looks for the policy of the largest mean reward that stays near the reference. This policy is
-# known in closed form. It is called the **optimum**, p\*. SEE-DPO, a variant, also rewards
-# **entropy**, the width of the policy. The weight of the entropy is **gamma**; DPO has gamma = 0.
+# DPO looks for a policy of large mean reward that stays near the reference. SEE-DPO, a variant,
+# also rewards **entropy**, the width of the policy. The best policy is called the **optimum**, p\*.
+# It is known in closed form:
 #
-#     p* = p_ref^(beta / (beta + gamma)) exp(R / (beta + gamma)) / Z
+#     p* = argmax over p of  E_p[R] - beta KL(p || p_ref) + gamma H(p)
+#        = p_ref^(beta / (beta + gamma)) exp(R / (beta + gamma)) / Z
 #
-# Z makes it a density. beta + gamma acts as a temperature. Write log p\*, without log Z.
+# E_p[R] is the mean reward under p, and H(p) is its entropy. **gamma** is the weight of the
+# entropy, and DPO has gamma = 0. Z makes p\* a density. For a given beta, beta + gamma acts as a
+# temperature. Write log p\*, without log Z.
 
 # %%
 def log_optimum(x, beta, gamma):
@@ -592,24 +629,28 @@ for gamma in (0.0, beta, 4 * beta):
     print(f"gamma {gamma:.1f}: entropy of p* is {distance.entropy(density(beta, gamma)):.2f} nats")
 
 # %% [markdown]
-# **Question.** What does p\* become for a very large gamma? Is it the reference?
+# **Question.** What does p\* become for a very large gamma? Is it the reference? Then solve the
+# formula of p\* for R, with gamma = 0. Where have you met the result?
 
 # %% [markdown] tags=["solution"]
 # **Answer.** Both exponents go to 0, so p\* becomes flat and leaves the ring. It does not become
 # the reference. A large beta makes it the reference: then R / (beta + gamma) goes to 0, and the
 # exponent of p_ref goes to 1.
+#
+# R = beta (log p\* - log p_ref) + beta log Z. This is the reward of exercise 2, with the policy in
+# the place of p\*. The constant is beta log Z.
 
 # %% [markdown]
 # ## Exercise 7. What the loss does not see (9 minutes)
 #
-# Exercise 6 has sampled the policy by DDPM, which adds fresh noise in every step. Stable Diffusion
-# is often sampled by an **ODE**, without that noise. Its step takes the predicted x_0 out of x_t,
-# and adds the same eps again at the next level:
+# Exercise 6 sampled the policy by DDPM, which adds fresh noise in every step. Stable Diffusion is
+# often sampled by an **ODE**, without that noise. Here is its step from x_t to x_next, with the
+# predicted noise eps. Solve the first equation for x_0, and put it into the second one:
 #
 #     x_t    = sqrt(abar_t)    x_0 + sqrt(1 - abar_t)    eps
 #     x_next = sqrt(abar_next) x_0 + sqrt(1 - abar_next) eps
 #
-# Write this step. Then sample the same weights by both.
+# Write this step. The next cell then samples the same policy with it.
 
 # %%
 def ode_step(x_t, eps, abar_t, abar_next):
@@ -629,13 +670,12 @@ assert x_next is not None, "ode_step() returns nothing yet. Replace its ... by c
 clean = ode_step(x_t, eps, abar_t, torch.tensor(1.0))
 assert torch.allclose(clean, x_0, atol=1e-4), (
     "A step to abar_next = 1 should end at x_0, and yours does not. Is x_0 the first equation,"
-    " solved for x_0? Has eps the factor sqrt(1 - abar_next), which is then 0?")
+    " solved for x_0? Does eps have the factor sqrt(1 - abar_next), which is then 0?")
 assert torch.allclose(x_next, abar_next.sqrt() * x_0 + (1 - abar_next).sqrt() * eps, atol=1e-4), (
     "x_next should have the factors sqrt(abar_next) on x_0 and sqrt(1 - abar_next) on eps.")
 mean, std = distance.ddim_step(x_t, eps, abar_t, abar_next, eta=0)
 assert std == 0 and torch.allclose(x_next, mean, atol=1e-4), (
     "It differs from distance.ddim_step with eta = 0, which adds no noise.")
-
 
 
 def your_step(x_t, eps, abar_t, abar_next, eta):
@@ -658,36 +698,45 @@ show_densities({"p*": densities["optimum"],
                 f"by DDPM: TV {numbers['tv_policy']:.3f}": densities["policy"],
                 f"by your ODE: TV {tv_ode:.3f}": p_ode})
 
-plt.figure(figsize=(7, 4.5))
-for side, name, colour, style in (("w", "preferred", BLUE, "-"), ("l", "rejected", ORANGE, "--")):
+# The errors that p* itself would have: minus log p*, where p* = p_ref exp(R / beta) / Z.
+log_Z = (toy.reward(torch.cat([x_w, x_l])) / beta).exp().mean().log()  # a mean over the reference
+plt.figure(figsize=(10, 4.5))
+for side, x, name, colour, style in (("w", x_w, "preferred", BLUE, "-"),
+                                     ("l", x_l, "rejected", ORANGE, "--")):
     rise = torch.tensor([row[f"err_policy_{side}"] - row[f"err_ref_{side}"] for row in rows])
     plt.plot(rise.unfold(0, 50, 1).mean(1), c=colour, ls=style, label=name)  # means of 50 steps
-plt.axhline(0, c=BLACK, ls=":")
+    of_optimum = (log_Z - toy.reward(x) / beta).mean().item()
+    plt.axhline(of_optimum, c=colour, ls=":", label=f"{name}, of p*")
+plt.ylim(bottom=0)
 plt.xlabel("step")
-plt.ylabel("policy - reference (nats)")
-plt.title("errors")
-plt.legend()
+plt.ylabel("nats")
+plt.title("how far the policy's errors are above the reference's")
+plt.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
 plt.show()
 
 # %% [markdown]
-# **Question.** Both errors have risen, so the policy is a worse denoiser than the reference, even
-# on preferred points. Why did the training not prevent that?
+# The dotted lines are above 0, because p\* leaves most of the ring. Most points are less likely
+# under p\* than under the reference.
+#
+# **Question.** Both errors have risen by about 3 nats more than that. So the policy is not the
+# exact denoiser of p\*, not even on preferred points. Why did the training not prevent that?
 
 # %% [markdown] tags=["solution"]
-# **Answer.** The loss sees the difference of the two errors only (exercise 2). A rise that both
-# share, called *drift*, cancels. DDPM's fresh noise seems to repair most of it, and an ODE has no
-# such noise. Chapter N7 of toy/notebook.md has the derivation, and a remedy.
+# **Answer.** The loss sees only the difference of the two errors (exercise 2). What both have risen
+# by too much, called **drift**, cancels. DDPM's fresh noise seems to repair most of it, and an ODE
+# has no such noise. Chapter N7 of toy/notebook.md has the derivation, and a remedy.
 
 # %% [markdown]
 # ## Exercise 8. A loss of your own (8 minutes)
 #
-# The loss of DPO always gains from larger logits. **IPO** (arXiv:2310.12036, Eq. 17) gives them a
-# target instead. With gain_w = ref_err_w - err_w, and gain_l likewise, its loss is
+# The loss of DPO falls with every rise of a logit, however large it is. **IPO** (arXiv:2310.12036,
+# Eq. 17) gives the logits a target instead. With gain_w = ref_err_w - err_w, and gain_l likewise,
+# its loss is
 #
 #     loss = (gain_w - gain_l - 1 / (2 beta))^2
 #
 # Write it with the signature of `dpo.dpo_loss`. Then the script trains with it, and nothing else
-# has to change. To save time, each of the two losses gets 1000 steps of 16 pairs only.
+# has to change. To save time, each of the two losses gets only 1000 steps of 16 pairs.
 
 # %%
 def ipo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, gamma=0.0):
@@ -728,7 +777,8 @@ for name, loss in {"DPO": dpo.dpo_loss, "IPO": ipo_loss}.items():
     last = metrics[-100:]
     logit = sum(row["reward_margin"] for row in last) / len(last)
     rise = sum(row["err_policy_w"] - row["err_ref_w"] for row in last) / len(last)
-    print(f"{name}: at the end the mean logit is {logit:.2f}, and err_w has risen by {rise:.2f}")
+    print(f"{name}: at the end the mean logit is {logit:.2f}, and err_w is {rise:.2f} nats above"
+          " that of the reference")
 
 # %%
 panels = {"p*": densities["optimum"]}
@@ -741,15 +791,21 @@ show_densities(panels)
 # **Question.** Which of the two comes nearer to p\*, by which sampler? What may be the reason?
 
 # %% [markdown] tags=["solution"]
-# **Answer.** By DDPM it is DPO. IPO's target for every logit is beta / (2 beta) = 1/2, whatever the
-# pair is. It asks for no more, so its policy stays nearer to the reference. But the errors hardly
-# rise, as the numbers above show. So by the ODE IPO comes nearer to p\* than DPO.
+# **Answer.** By DDPM it is DPO. IPO's target for every logit is beta / (2 beta) = 1/2. Say that one
+# point of a pair is preferred with probability P. Then IPO pulls its logit to 1/2 with probability
+# P, and else to -1/2. The best logit is their mean, P - 1/2. DPO's best logit is log(P / (1 - P)),
+# which is at least four times as large. So IPO's policy stays nearer to the reference, and p\* is
+# not its optimum.
+#
+# But with IPO the errors hardly rise, as the numbers above show. This may be the reason why by the
+# ODE it comes nearer to p\* than DPO.
 
 # %% [markdown]
 # ## Faces (7 minutes)
 #
-# Now the same with images. A tiny Stable Diffusion draws faces of 32 x 32 pixels. You write a rule
-# that says which of two faces is preferred. Then DPO trains on pairs that your rule has labelled.
+# Now you do the same with images. A tiny Stable Diffusion draws faces of 32 x 32 pixels. You write
+# a rule that says which of two faces is preferred. Then DPO trains on pairs that your rule has
+# labelled.
 
 # %%
 import diffusers
@@ -761,15 +817,12 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
-BASE = os.environ.get("FACES", "toy/tiny-faces")
-
-
 def have_faces():
     """True if the model of faces is there. If not, say how to make it."""
     found = Path(BASE, "pairs.parquet").exists()
     if not found:
-        print(f"{BASE} is not there yet. Run `python toy/faces.py` in a terminal, and this cell"
-              " again when it has ended.")
+        print(f"{BASE} is not there yet. If you have not started its training, run this in a"
+              f" terminal:\n\n    {MAKE_FACES}\n\nRun this cell again when it has ended.")
     return found
 
 
@@ -785,8 +838,9 @@ def show_faces(rows, titles):
 
 # %% [markdown]
 # The rule gives each face a number, and of two faces the one with the larger number is preferred.
-# It may be any function of the pixels. Examples are the brightness, or the blue in the upper half.
-# `faces.smile_of(images)` measures the smile, from -1 (sad) to 1 (happy).
+# It may be any function of the pixels. Examples are the brightness, or the number of dark pixels.
+# (Both faces of a pair have the same caption, and so the same colours.)
+# `faces.smile_of(images)` measures the smile, from about -1 (sad) to 1 (happy).
 
 # %%
 def rule(images):
@@ -823,8 +877,8 @@ if have_faces():
                ["preferred by your rule", "rejected"])
 
 # %% [markdown]
-# The training takes 100 steps of 32 pairs. beta is larger here, because the errors of images are
-# means over all numbers of a latent, and not sums in nats.
+# The training takes 100 steps of 32 pairs, about a minute. beta is larger here, because the errors
+# of images are means over all numbers of a latent, and not sums in nats.
 
 # %%
 if have_faces():
