@@ -158,13 +158,6 @@ def test_worked_example(err_w, err_l, gamma, loss, logit):
     assert torch.tensor(results).tolist() == pytest.approx([loss, logit], abs=1e-6)
 
 
-def test_example_of_ipo():
-    """The docstring's IPO is (h - 1 / (2 beta))^2. For h = 0.1 + 0.2 and beta = 2 it is 0.05^2."""
-    formula = dpo.dpo_loss.__doc__.split("losses = ")[1].split(".\n")[0]
-    loss = eval(formula, {"gain_w": 0.1, "gain_l": -0.2, "beta": 2})
-    assert loss == pytest.approx(0.05**2)
-
-
 def test_loss_is_eq_14():
     """Loss and logit are those of Eq. 14, or of SEE-DPO for gamma > 0, transcribed literally."""
     beta, gamma = 1.0, 0.3

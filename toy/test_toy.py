@@ -414,14 +414,6 @@ def test_moving_reference_follows():
     assert toy.reference is first
 
 
-def test_random_labels_are_bradley_terry():
-    """A score that is higher by 1 wins in sigmoid(1) of the cases."""
-    scores = torch.tensor([1.0, 0.0]).expand(20_000, 2)
-    noisy_score = study.with_random_labels(lambda *given: scores, dpo.seeded_generator("test"))
-    first, second = noisy_score(None, None).T
-    assert (first > second).float().mean().item() == pytest.approx(0.731, abs=0.01)
-
-
 def test_drift_of_a_known_policy():
     """Without a reward p* is p_ref. A policy off by a constant c is off by T omega |c|^2 at every
     noise level, all of it common, and its log-ratios lose nats."""
