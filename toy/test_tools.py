@@ -160,6 +160,36 @@ def test_memory_is_that_of_a_run(tiny, kind, more):
     assert 0.98 < peak / found["peak"] < most
 
 
+def test_memory_of_data_encoded_ahead(tiny):
+    """A run needs less by the VAE and the text encoders, on the GPU and while it is loaded. A
+    picture needs them again. On the host all is in fp32, and the network is there twice."""
+    flags = sd_line(tiny, "tiny-sd35", "--precision bf16 --lora 0 --draws 20").split()
+    images = cost.account(cost.parse(flags))
+    ahead = cost.account(cost.parse([*flags, "--encoded"]))
+    pipe = dpo.load_pipeline(f"{tiny}/tiny-sd35")
+    assert ahead["host"] == pytest.approx(2 * bytes_of(pipe.transformer), rel=0.1)
+    assert images["host"] - ahead["host"] == pytest.approx(bytes_of(*encoders_of(pipe)), rel=0.1)
+
+    dpo.prepare_encoders(pipe, dpo.parse(["--model=sd35", "--precision=bf16"]), "cpu")
+    dropped = bytes_of(*encoders_of(pipe))
+    assert images["weights"] - ahead["weights"] == dropped
+    assert images["peak"] - ahead["peak"] == pytest.approx(dropped, rel=0.01)
+    assert images["picture"] == pytest.approx(ahead["picture"], rel=0.01)
+
+
+def test_the_table_of_memory(capsys):
+    """cost_memory.json has its rows, computed as now."""
+    table = read_json(ROOT / "toy" / "cost_memory.json")
+    rows = cost.MEMORY_ROWS.splitlines()
+    assert [row[cost.MEMORY_FLAGS] for row in table] == rows
+    cost.print_table(table[4:5])
+    wanted = capsys.readouterr().out.splitlines()[-1].removeprefix(f"| {rows[4]}")
+    call(cost, f"memory {cost.MEMORY_FLAGS} {rows[4]}")
+    assert capsys.readouterr().out.strip().endswith(wanted)
+
+
+# ----------------------------------------------------------------------------------- cost: time
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_time_by_a_clock_that_is_told(tiny, tmp_path, monkeypatch, lora):
     """`time` finds what each part takes, the floor, the FLOP/s and how long a whole step takes.
