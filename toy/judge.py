@@ -118,7 +118,7 @@ def read_prompts(flag, path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise dpo.UserError(f"{flag} {path}: {error}") from error
+        raise dpo.UserError(f"{flag} {path}: {error}") from None
     prompts = list(dict.fromkeys(line for line in lines if line.strip()))
     if not prompts:
         raise dpo.UserError(f"{flag} {path}: it is empty; it should hold a prompt per line")

@@ -143,6 +143,8 @@ class ExistingPairs:
         self.root = dpo.root_of(args.data)
         is_set = (folder / "pairs.jsonl").exists() or any(folder.rglob("*.parquet"))
         if folder.is_dir() and not is_set:
+            if args.split != "train":
+                raise dpo.UserError(f"--split {args.split}: a folder of images has no splits")
             groups = group_by_prompt(images_in(folder), folder)
             self.pairs = pairs_of_groups(groups, folder, args.seed)
             there = sum(math.comb(len(group), 2) for group in groups.values())
@@ -166,7 +168,7 @@ class ExistingPairs:
             try:
                 names = [self.copy(pair[side], out) for side in ("first", "second")]
             except Exception as error:  # decoders raise anything
-                print(f"\nWARNING     {pair['row']}: {dpo.one_line(error)}")
+                print(f"\nWARNING     {pair['row']!r}: {dpo.one_line(error)}")
                 continue
             made += 1
             yield pair["prompt"] or "", names
@@ -187,7 +189,8 @@ class ExistingPairs:
 def images_in(folder):
     """The image files in a folder and its subfolders. Hidden ones are left out."""
     kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in kinds)
+    files = sorted(file for file in folder.rglob("*")
+                   if file.suffix.lower() in kinds and not file.is_dir())
     return [file for file in files if "/." not in f"/{file.relative_to(folder)}"]
 
 
@@ -195,7 +198,9 @@ def group_by_prompt(files, folder):
     """The files that have the same prompt: {prompt: files}."""
     groups = {}
     for file in files:
-        groups.setdefault(prompt_of(file, folder), []).append(file)
+        # No file can hold half a surrogate pair, as in a torn emoji or in an odd folder's name.
+        prompt = prompt_of(file, folder).encode(errors="replace").decode()
+        groups.setdefault(prompt, []).append(file)
     if "" in groups:
         print(f"WARNING     images without a prompt: {len(groups[''])}; their caption is empty")
     single = sum(len(group) == 1 for group in groups.values())
@@ -254,11 +259,11 @@ def prompt_in(texts):
     the input "positive" of a sampler, or "conditioning" of a guider, leads to the text.
     """
     if "parameters" in texts:
-        return re.split(r"\n(?:Negative prompt|Steps): ", texts["parameters"])[0].strip()
+        return re.split(r"(?:^|\n)(?:Negative prompt|Steps): ", texts["parameters"])[0].strip()
     nodes = json.loads(texts.get("prompt", "{}"))
     for name in ("positive", "conditioning"):
         for node in nodes.values():
-            text = text_of(node["inputs"].get(name), dict(nodes))
+            text = text_of(node.get("inputs", {}).get(name), dict(nodes))
             if text:
                 return text
     return ""
@@ -297,15 +302,18 @@ class Choices:
         self.pairs = []  # (prompt, path of the first image, path of the second one)
         self.complete = False  # True if no pair will be added any more
         self.lines = []
+        earlier = 0  # pairs that another policy has drawn
         if self.file.exists():
             with dpo.blame(f"{self.file}: it is not as this tool writes it"):
                 for text in self.file.read_text().splitlines():
                     line = json.loads(text)
                     self.lines.append({name: line[name] for name in COLUMNS})
-        ours = f"images/{source.prefix}"
-        self.earlier = sum(is_first(line) and not line["jpg_0"].startswith(ours)
-                           for line in self.lines)  # pairs that another policy has drawn
-        self.count = self.earlier + source.count  # of the pairs, each once
+                # Pairs of another policy are among them, so that undo can show them again.
+                self.pairs = list(dict.fromkeys(self.chosen()))
+                ours = f"images/{source.prefix}"
+                earlier = sum(not first.startswith(ours) for _, first, _ in self.pairs)
+        # Of the pairs, each once. --pairs may be lower than it was at an earlier start.
+        self.count = max(earlier + source.count, len(self.pairs))
 
     def write(self, lines):
         with dpo.atomic_write(self.file) as partial:
@@ -364,7 +372,7 @@ class Choices:
     def end(self):
         """No pair will be added any more. Unreadable ones are not among them."""
         with self.lock:
-            self.count, self.complete = self.earlier + len(self.pairs), True
+            self.count, self.complete = len(self.pairs), True
 
     def agreement(self):
         """How many second showings had the answer of the first one, and how many there were."""
@@ -428,7 +436,7 @@ class Handler(BaseHTTPRequestHandler):
         """True if the request is from our page. Others are refused, as any site may send one."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")
-        if host.rpartition(":")[0] not in LOCAL or origin != f"http://{host}":
+        if host.partition(":")[0] not in LOCAL or origin != f"http://{host}":
             self.send_error(403, "Open the page by the address that label.py has printed")
             return False
         return True
@@ -474,7 +482,7 @@ class Handler(BaseHTTPRequestHandler):
             if (self.path != "/choice" or choice not in CHOICES or type(turn) is not int
                     or self.headers.get_content_type() != "application/json"):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, RecursionError, TypeError, ValueError):
             self.send_error(400, "It should be JSON with start, turn and choice")
             return
         try:
@@ -546,8 +554,8 @@ def claim_folder(out, note):
         dpo.write_json(out / "label.json", note)
     with dpo.blame(f"--out {out}: it holds other files; name a new folder"):
         there = json.loads((out / "label.json").read_text())
-        differences = [f"{name} is {there[name]} there, {note[name]} here"
-                       for name in note if there[name] != note[name]]
+        differences = [f"{name} is {there.get(name)} there, {note[name]} here"
+                       for name in note if there.get(name) != note[name]]
     if differences:
         raise dpo.UserError(f"--out {out}: it holds other choices, where {'; '.join(differences)}")
 
@@ -577,6 +585,8 @@ def parse(argv=None):
     for name in ("policy", "prompts", "resolution", "guidance"):
         if args.data and getattr(args, name) is not None:
             raise dpo.UserError(f"--{name}: it has no meaning with --data, which draws nothing")
+    if args.split != "train" and not args.data:
+        raise dpo.UserError("--split: it has no meaning without --data, of which it names a part")
     return args
 
 
@@ -590,9 +600,13 @@ def main(argv=None):
     else:
         cfg = settings(args)
         source = DrawnPairs(args, cfg)
+        model = Path(cfg.model).resolve()
+        if out.resolve().is_relative_to(model) and (model / "model_index.json").exists():
+            raise dpo.UserError(f"--out {out}: it lies in --model; name another folder")
 
     dpo.lock_folder(out)
-    note = {name: getattr(args, name) for name in ("data", "split", "seed")}
+    names = ("data", "split", "seed", "resolution", "guidance")
+    note = {name: getattr(args, name) for name in names}
     claim_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
     choices = Choices(out, source, args.seed)
     print(f"choices     {len(choices.lines):,} so far, in {out}")

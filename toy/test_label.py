@@ -74,11 +74,14 @@ def test_a_second_start_goes_on(choices):
 
 
 def test_a_second_round(choices):
-    """The pairs of another policy are added to those that were chosen before."""
+    """The pairs of another policy are added to those that were chosen before. Undo brings these
+    back, too."""
     while choices.shown():
         choose_first(choices)
     second = choose_from(choices.out, 10, "b")
     assert second.state()["ahead"][0] == "images/b-0-0.png"
+    second.choose(27, "undo")
+    assert second.shown()[0] == label.pair_of(choices.lines[-1])
     while second.shown():
         choose_first(second)
     assert second.state()["turn"] == second.state()["turns"] == 38
@@ -253,8 +256,8 @@ def test_the_page(served, tiny, tmp_path):
         do(lambda: page.tap("#right"), 4)
         do(page.reload, 4)
         page.evaluate("state.start = 'an earlier one'")
-        do(lambda: page.keyboard.press("ArrowLeft"), 4)  # not taken; the page reloads
-        page.wait_for_function("state && state.start !== 'an earlier one'")
+        with page.expect_navigation():
+            page.keyboard.press("ArrowLeft")  # not taken; the page reloads
         do(lambda: None, 4)
         for turn in range(5, 13):
             press("ArrowLeft", turn)
