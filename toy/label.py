@@ -54,11 +54,10 @@ ENOUGH = 20  # preferences: from here on the page shows the command that trains
 
 # The flags that train on the choices: those of toy/faces.md, F5, and those of the README.
 FLAGS = {
-    "tiny": "--beta 500 --lr 3e-5 --batch 16 --micro-batch 16 --steps {} --sample-every 50"
-            " --guidance 1",
-    "sd15": "--lora 16 --lr 1e-4 --micro-batch 2 --batch 64 --steps 100",
-    "sdxl": "--lora 16 --lr 1e-4 --micro-batch 1 --batch 64 --steps 100 --optimizer adamw",
-    "sd35": "--micro-batch 1 --batch 64 --steps 100 --sample-every 0"}
+    "tiny": "--beta 500 --lr 3e-5 --batch 16 --micro-batch 16 --sample-every 50 --guidance 1",
+    "sd15": "--lora 16 --lr 1e-4 --micro-batch 2 --batch 64",
+    "sdxl": "--lora 16 --lr 1e-4 --micro-batch 1 --batch 64 --optimizer adamw",
+    "sd35": "--micro-batch 1 --batch 64 --sample-every 0"}
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "left", "answer")  # of OUT/pairs.jsonl
 TYPES = {".png": "image/png", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -84,7 +83,10 @@ class DrawnPairs:
             raise dpo.UserError("--prompts is missing: a text file with a prompt per line")
         self.prompts = judge.read_prompts("--prompts", args.prompts or own)
         self.cfg, self.policy, self.seed, self.count = cfg, args.policy, args.seed, args.pairs
-        self.prefix = dpo.hash_of(args.policy)[:6]  # so each policy has images of its own
+        # Each policy has images of its own, also one that was trained anew in the same folder.
+        found = sorted(Path(args.policy).rglob("*.safetensors")) if args.policy else []
+        changed = [file.stat().st_mtime_ns for file in found]
+        self.prefix = dpo.hash_of(changed)[:6]
 
     def make(self, out):
         """Yield the prompt and the names of the two images, for each pair.
@@ -455,7 +457,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply_state(self):
         state = self.server.choices.state() | {"start": START}
         if state["decided"] >= ENOUGH or state["complete"] and state["decided"]:
-            state["command"] = self.server.command
+            state["command"] = self.server.command(state["decided"])
         self.reply("application/json", json.dumps(state).encode())
 
     def do_GET(self):
@@ -527,8 +529,11 @@ def own_resolution(model):
         return network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def training_command(args, cfg, pairs):
-    """The command that trains on the choices. cfg is None with --data, where nothing is drawn."""
+def training_command(args, cfg):
+    """A function of the number of preferences: the command that trains on them.
+
+    cfg is None with --data, where nothing is drawn.
+    """
     model = cfg.model if cfg else args.model or "sd15"
     run = name = f"runs/{Path(args.out).resolve().name}"
     number = 2
@@ -541,11 +546,18 @@ def training_command(args, cfg, pairs):
     resolution = cfg.resolution if cfg else own
     if not cfg and Path(model).is_dir():  # one of the hub would have to be downloaded first
         resolution = own_resolution(model)
-    flags = FLAGS["tiny" if resolution <= TINY else preset].format(max(150, 3 * pairs // 2))
+    is_tiny = resolution <= TINY
+    flags = FLAGS["tiny" if is_tiny else preset]
     if resolution != own:
         flags += f" --resolution {resolution}"
     model, data, run = map(shlex.quote, [model, args.out, run])
-    return f"python diffusion_dpo.py --model {model} --data {data} {flags} --out {run}"
+    line = f"python diffusion_dpo.py --model {model} --data {data} {flags} --out {run}"
+
+    def command(preferences):
+        steps = max(150, 3 * preferences // 2) if is_tiny else 100
+        return f"{line} --steps {steps}"
+
+    return command
 
 
 def claim_folder(out, note):
@@ -610,8 +622,8 @@ def main(argv=None):
     claim_folder(out, note | {"prompts": source.prompts, "model": cfg and cfg.model})
     choices = Choices(out, source, args.seed)
     print(f"choices     {len(choices.lines):,} so far, in {out}")
+    command = training_command(args, cfg)
     with dpo.blame(f"--port {args.port}: it cannot be used; name another"):
-        command = training_command(args, cfg, choices.count)
         server = make_server(args.port, choices, command)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
