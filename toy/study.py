@@ -1,12 +1,12 @@
 """Make every figure and number of the experiments that README.md and toy/*.md show.
 
-    python toy/study.py                     # all of them; a little over three hours on two cores
+    python toy/study.py                     # all of them; a little under four hours on two cores
     python toy/study.py a-draws faces-clean # some of them, by name
 
 EXPERIMENTS says what is trained, by name and setting; those on faces are in study_faces.py. Each
 setting is trained with seeds 0, 1, 2. Numbers and figures go into toy/study. What is trained is
 kept in runs/study, so the same command goes on where it was stopped. After a change of the code,
-remove that folder. (The three hours are added up from single runs, not timed in one go.)
+remove that folder. (The four hours are added up from single runs, not timed in one go.)
 
 A full run is that of `diffusion_dpo.py --toy`. A short one has a sixth of its network calls: 1000
 steps of 16 pairs of 64 draws, two million calls.

@@ -10,6 +10,7 @@ import base64
 import functools
 import io
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,19 +58,21 @@ def make_base(seed):
         part = slice(first, first + 64)
         scores.append(score(list(images[part]), captions[part])[0])
 
-    vae = dpo.load_pipeline(str(base)).vae
-    flips = torch.stack([images, images.flip(-1)], 1)  # (2 P, 2, ...): as it is, and flipped
-    inputs = flips.flatten(0, 1) / 127.5 - 1
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in inputs.split(200)])
-    latents = latents.contiguous() * vae.config.scaling_factor
-    caption = [faces.CAPTIONS.index(each) for each in table["prompt"]]
+    found = encode_pairs(dpo.load_pipeline(str(base)), images, table["prompt"])
     with dpo.atomic_write(encoded) as path:
-        save_file({"latents": latents.unflatten(0, (-1, 2, 2)),  # (P, 2, 2, 4, ...)
-                   "smile": faces.smile_of(images).view(-1, 2),  # (P, 2)
-                   "clip": torch.cat(scores).view(-1, 2),  # (P, 2)
-                   "label": torch.tensor(table["label"]),  # (P,), as in pairs.parquet
-                   "caption": torch.tensor(caption)}, path)
+        save_file(found | {"clip": torch.cat(scores).view(-1, 2),  # (P, 2)
+                           "label": torch.tensor(table["label"])}, path)  # (P,), as in the table
+
+
+def encode_pairs(pipe, images, captions):
+    """What Encoded needs of P pairs. images (2 P, 3, SIDE, SIDE) has both of a pair in turn."""
+    flips = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)  # each as it is, and flipped
+    with torch.no_grad():
+        latents = torch.cat([dpo.encode_images(pipe, part) for part in flips.split(200)])
+    caption = [faces.CAPTIONS.index(each) for each in captions]
+    return {"latents": latents.contiguous().unflatten(0, (-1, 2, 2)),  # (P, 2, 2, 4, ...)
+            "smile": faces.smile_of(images).view(-1, 2),  # (P, 2)
+            "caption": torch.tensor(caption)}  # (P,)
 
 
 def pixels_of(images):
@@ -80,22 +83,23 @@ def pixels_of(images):
 class Encoded:
     """Encoded pairs as a dataset, with the flips and the empty captions of dpo.ImagePairs.
 
-    labels tells who prefers, as in FaceJob.
+    `found` is what encode_pairs or the file of make_base gives. labels tells who prefers, as in
+    FaceJob.
     """
 
     source = None  # a run tells its data by this and content(); here it has no need to
 
-    def __init__(self, base, rows, labels, seed):
-        found = load_file(base.with_suffix(".safetensors"))
-        first_is_better = {
-            "chance": found["label"].bool(),
-            "smile": found["smile"][:, 0] > found["smile"][:, 1],
-            "clip": found["clip"][:, 0] > found["clip"][:, 1]}[labels]  # (P,)
+    def __init__(self, found, rows, labels, seed):
+        if labels == "chance":
+            first_is_better = found["label"].bool()  # (P,)
+        else:
+            first_is_better = found[labels][:, 0] > found[labels][:, 1]
         latents = found["latents"]
         preferred_first = torch.where(
             first_is_better.view(-1, 1, 1, 1, 1, 1), latents, latents.flip(1))
         self.latents = preferred_first[rows]
         self.caption = found["caption"][rows]
+        self.smile = found["smile"][rows]
         self.seed = seed
 
     def content(self):
@@ -227,6 +231,12 @@ def agreement(task):
             "clip_agrees": (by_clip == by_smile).double().mean().item()}
 
 
+def apart(task):
+    """How far apart the two smiles of a pair are, in the mean over the pairs trained on last."""
+    first, second = task.pairs.smile.T
+    return {"apart": (first - second).abs().mean().item()}
+
+
 BINS = torch.linspace(-1.2, 1.2, 13)  # the borders of 12 bins
 
 
@@ -270,6 +280,9 @@ class FaceJob:
     pairs: int = 800
     loss: Callable | None = None  # of toy/remedies.py
     in_nats: bool = False  # errors with the ELBO's weights
+    first: "FaceJob | None" = None  # the first round, if this is a second one
+    drawn_by: str = "policy"  # whose are the new pairs: the first round's policy or "reference"
+    onward: bool = False  # from that policy on the new pairs, and not from the base on all pairs
     measures: tuple = ()
 
     def but(self, flags="", **changes):
@@ -283,6 +296,7 @@ OWN = FaceJob("--lora 0 --clip 0 --guidance 1 --sampling-steps 10 --batch 8 --lr
 NOISY = FaceJob("--steps 160 --batch 16 --lr 1e-4 --beta 500 --sample-every 40")
 CLEAN = NOISY.but(pairs=100, labels="smile")
 BRIEF = FaceJob("--steps 150 --batch 16 --lr 3e-5 --beta 500 --sample-every 75", labels="smile")
+ROUND = BRIEF.but(pairs=100, measures=(apart,))
 NATS = FaceJob("--steps 300 --batch 8 --draws 16 --lr 3e-5 --beta 3 --sample-every 75",
                in_nats=True, measures=(closed_form,))
 LOSSES = {"IPO": remedies.ipo, "label smoothing 0.1": remedies.label_smoothing,
@@ -326,12 +340,20 @@ EXPERIMENTS = {
     "faces-pairs": {n: BRIEF.but(pairs=n) for n in (25, 50, 100, 200, 400, 800)},
     "faces-beta": {100: OTHER.but("--beta 100"), 500: PLAIN, 2000: OTHER.but("--beta 2000")},
     "faces-nats": {"beta 3": NATS},
+    "faces-rounds": {
+        "one round": ROUND,
+        "one round, 200 pairs": ROUND.but("--steps 300", pairs=200),
+        "two rounds, anew": ROUND.but("--steps 300", first=ROUND),
+        "two rounds, onward": ROUND.but(first=ROUND, onward=True),
+        "onward, pairs of the base": ROUND.but(first=ROUND, onward=True, drawn_by="reference"),
+    },
 }
 
 
 def make_task(job, out):
     """The task of a job, its configuration, and how it takes a step."""
     base = WORK / f"base-{job.seed}"
+    found = load_file(base.with_suffix(".safetensors"))
     argv = ["--model", str(base), "--resolution", str(faces.SIDE), "--precision", "fp32",
             "--workers", "0", "--save-every", "100000", "--micro-batch", "32", "--method",
             job.method, "--seed", str(job.seed), "--out", str(out), *job.flags.split()]
@@ -342,13 +364,13 @@ def make_task(job, out):
         step = on_policy.on_policy_step
     else:
         cfg = dpo.parse(argv)
-        pairs = Encoded(base, range(job.pairs), job.labels, job.seed)
+        pairs = Encoded(found, range(job.pairs), job.labels, job.seed)
         task = Faces(cfg, device, dpo.load_pipeline(str(base)), pairs)
         step = remedies.step_of(job.loss) if job.loss else dpo.dpo_step
 
-    n = len(load_file(base.with_suffix(".safetensors"))["label"])
+    n = len(found["label"])
     held_out = range(n - faces.HELD_OUT, n)
-    task.held_out = Encoded(base, held_out, "chance", job.seed)  # whatever labels are trained on
+    task.held_out = Encoded(found, held_out, "chance", job.seed)  # whatever labels are trained on
     if job.in_nats:
         task.weight = dpo.elbo_weight(task.alphas_cumprod)
     return task, cfg, step
@@ -359,23 +381,53 @@ def by_the_smile(images, prompts):
     return faces.REWARD * faces.smile_of(pixels_of(images)), None
 
 
-def run(job, out):
-    """Train a job in the folder `out`. Returns its numbers; "path" has a point for every picture.
+def add_round(task, job, out):
+    """Train the first round of a job, let it draw pairs, and make the task ready for the second.
 
-    "sheet" is a PNG, in base64: the last policy's face for each of the 12 captions, in a row.
+    Returns the path up to there. It is empty if the task is to begin at the base.
     """
+    first, path = train(replace(job.first, seed=job.seed), out)
+    n = math.ceil(job.pairs / len(faces.CAPTIONS))
+    sides = [drawn(first, job.drawn_by, n, f"round 2, {job.seed}, {side}") for side in (0, 1)]
+    images = torch.stack(sides, 1)[:job.pairs].flatten(0, 1)
+    found = encode_pairs(task.pipe, images, (faces.CAPTIONS * n)[:job.pairs])
+    new, old = Encoded(found, range(job.pairs), job.labels, job.seed), task.pairs
+    task.pairs = new
+    if job.onward:
+        task.policy.load_state_dict(first.policy.state_dict())
+        task.reference = first.policy.requires_grad_(False)
+        return path
+
+    for name in ("latents", "caption", "smile"):
+        setattr(new, name, torch.cat([getattr(old, name), getattr(new, name)]))
+    return []
+
+
+def train(job, out):
+    """Train a job in the folder `out`. Returns its task and its path, a point for every picture."""
     base = WORK / f"base-{job.seed}"
-    task, cfg, step = make_task(job, out)
+    task, cfg, step = make_task(job, f"{out}/run")
     reference = task.reference
-    path = []
+    path = add_round(task, job, f"{out}/first") if job.first else []
+    done = path[-1]["step"] if path else 0
 
     def add_to_path(task, file, rows):
-        with mock.patch.object(task, "reference", reference):  # a remedy may have moved it
-            path.append(point(task, base, int(file.stem[-8:])))
+        with mock.patch.object(task, "reference", reference):  # remedies and rounds may move it
+            path.append(point(task, base, done + int(file.stem[-8:])))
 
     with (remedies.prepared(task, job.loss),
           mock.patch.object(dpo, "save_picture", add_to_path)):
         dpo.train(task, cfg, step)
+    return task, path
+
+
+def run(job, out):
+    """The numbers of a job, trained in the folder `out`. "path" is that of train().
+
+    "sheet" is a PNG, in base64: the last policy's face for each of the 12 captions, in a row.
+    """
+    base = WORK / f"base-{job.seed}"
+    task, path = train(job, out)
     row = faces.to_png(torch.cat([*task.latest], 2))
     numbers = {"reference": judged_reference(base), "path": path,
                "sheet": base64.b64encode(row).decode()}
@@ -505,7 +557,8 @@ def print_numbers(name, settings):
     for setting, runs in settings.items():
         if name == "faces-methods" and "solvers" in runs[0]:  # other experiments have it, too
             print_solvers(runs)
-        shown = ("tv_reference", "tv_policy", "tv_floor", "labels_agree", "clip_agrees")
+        shown = ("tv_reference", "tv_policy", "tv_floor", "labels_agree", "clip_agrees",
+                 "apart")
         measured = [key for key in shown if key in runs[0]]
         if measured:
             print_table(f"{setting}: more", {"": cells_of(runs, measured)})

@@ -109,7 +109,7 @@ def test_a_job_on_faces_is_the_run_of_the_script(brief_study, base, tmp_path):
 def test_labels_without_chance(brief_study, tmp_path, labels):
     """The face with the larger smile or score is the preferred one."""
     found = load_file(tmp_path / "base-0.safetensors")
-    pairs = study_faces.Encoded(tmp_path / "base-0", range(40), labels, seed=0)
+    pairs = study_faces.Encoded(found, range(40), labels, seed=0)
     better = found[labels].argmax(1)
     assert torch.equal(pairs.latents[:, 0], found["latents"][torch.arange(40), better])
 
@@ -122,6 +122,15 @@ def test_the_study_of_faces(brief_study, tmp_path, monkeypatch, capsys):
     assert last["smile"] == pytest.approx(gained, abs=1e-3)
     own = run_briefly(method="d3po", flags="--sampling-steps 2 --lora 0")
     assert len(own["path"]) == 2
+    job = study_faces.ROUND.but("--steps 1 --batch 4 --sample-every 1", pairs=20)
+    anew, _ = study_faces.train(job.but(first=job), tmp_path / "anew")
+    task, path = study_faces.train(job.but("--lr 0", first=job, onward=True), tmp_path / "onward")
+    assert path[1] == pytest.approx(path[0] | {"step": 2}, abs=1e-5)  # the rate is 0
+    pair = torch.cat([study_faces.drawn(task, "policy", 1, f"round 2, 0, {side}")[:1]
+                      for side in (0, 1)])
+    latents = dpo.encode_images(task.pipe, pair[faces.smile_of(pair).argsort(descending=True)])
+    for pairs in anew.pairs.latents[20:], task.pairs.latents:
+        assert torch.allclose(pairs[0, :, 0], latents, atol=1e-3)
     found = {name: dict.fromkeys(settings, [numbers] * 3)
              for name, settings in study_faces.EXPERIMENTS.items()}
     monkeypatch.setattr(study, "OUT", tmp_path / "out")
