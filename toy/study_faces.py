@@ -280,9 +280,9 @@ class FaceJob:
     pairs: int = 800
     loss: Callable | None = None  # of toy/remedies.py
     in_nats: bool = False  # errors with the ELBO's weights
-    first: "FaceJob | None" = None  # the first round, if this is a second one
-    drawn_by: str = "policy"  # whose are the new pairs: the first round's policy or "reference"
-    onward: bool = False  # from that policy on the new pairs, and not from the base on all pairs
+    first: "FaceJob | None" = None  # the first round, if this is the second one
+    drawn_by: str = "policy"  # who draws the new pairs: the policy of the first, or its "reference"
+    onward: bool = False  # begins at that policy, with the new pairs alone; else at the base
     measures: tuple = ()
 
     def but(self, flags="", **changes):
@@ -382,9 +382,9 @@ def by_the_smile(images, prompts):
 
 
 def add_round(task, job, out):
-    """Train the first round of a job, let it draw pairs, and make the task ready for the second.
+    """Train the first round of a job, draw as many pairs again, and prepare the task for them.
 
-    Returns the path up to there. It is empty if the task is to begin at the base.
+    Returns the path up to there. It is empty if the task begins at the base.
     """
     first, path = train(replace(job.first, seed=job.seed), out)
     n = math.ceil(job.pairs / len(faces.CAPTIONS))
