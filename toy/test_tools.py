@@ -122,13 +122,13 @@ def most_allocated(function):
 
 
 @pytest.mark.parametrize("kind, more", [
-    ("sd15", "--micro-batch 2"), ("sd15", "--micro-batch 1 --lora 2 --precision fp32"),
-    ("sdxl", "--micro-batch 2 --batch 2 --no-checkpointing"),
+    ("sd15", "--micro-batch 2"), ("sd15", "--micro-batch 1 --lora 2"),
+    ("sdxl", "--micro-batch 2 --batch 2 --no-checkpointing --precision bf16"),
     ("sd35", "--micro-batch 1"), ("sd35", "--micro-batch 2 --lora 0 --optimizer adafactor")])
 def test_memory_is_that_of_a_run(tiny, kind, more):
     """Weights and states are those of a run, its tensors counted. The peaks of a second step and of
     an evaluation are what the profiler sees: the CPU's kernels may need some more."""
-    line = sd_line(tiny, f"tiny-{kind}", f"--precision bf16 --draws 10 --lr 1e-5 {more}")
+    line = sd_line(tiny, f"tiny-{kind}", f"--precision fp32 --draws 10 --lr 1e-5 {more}")
     flags = line.split()
     found, cfg = cost.account(cost.parse(flags)), dpo.parse(flags)
     cfg.eval_split = "train[:4]"
@@ -153,8 +153,8 @@ def test_memory_is_that_of_a_run(tiny, kind, more):
     weights = bytes_of(*networks, *encoders_of(task.pipe), constants)
     assert (found["weights"], found["states"]) == (weights, states)
     before = weights + states
-    # A CPU without bf16 of its own computes in fp32 copies. Here they are an eighth at most.
-    most = 1.13 if cfg.precision == "bf16" else 1.02
+    # A CPU without bf16 of its own computes in fp32 copies.
+    most = 1.2 if cfg.precision == "bf16" else 1.02
     assert 0.95 < (before + evaluation) / found["evaluation"] < most
     peak += before - (not accumulates) * gradients
     assert 0.98 < peak / found["peak"] < most
