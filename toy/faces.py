@@ -3,7 +3,7 @@
     python toy/faces.py               # makes toy/tiny-faces, once; under ten minutes
     python toy/faces.py look RUN      # what a training has changed: numbers, a sheet and a film
 
-Pairs of your own choice, instead of those that it labels, are made by toy/label.py.
+In place of these labels, toy/label.py lets you choose the better faces yourself.
 
 The model knows 12 captions, such as "a red face on a blue ground". Its parts and files are those of
 SD1.5. First a VAE is trained on drawings. Then a UNet is trained on its latents, together with the

@@ -290,8 +290,8 @@ class Choices:
 
     A line has Pick-a-Pic's columns caption, jpg_0, jpg_1, label_0, and two of its own. "left" tells
     which image was on the left, 0 or 1. "answer" is 1 if the first image was chosen, 0 if the
-    second was, 0.5 for a tie. It is the label as well, unless the pair was shown for
-    the second time: then label_0 is null, and training leaves the line out.
+    second was, 0.5 for a tie. It is the label as well, unless the pair was shown for the second
+    time: then label_0 is null, and training leaves the line out.
 
     A turn is the number of choices before it. Several threads may call choose(), add(), end() and
     state(). Raises UserError.
