@@ -245,6 +245,8 @@ def test_the_page(served, tiny, tmp_path):
             do(lambda: page.keyboard.press(key), turn)
 
         do(lambda: None, 0)
+        for side in ("left", "right"):
+            assert page.get_attribute(f"#{side}-image", "src") == choices.state()[side]
         press("ArrowLeft", 1)
         press("ArrowRight", 2)
         press(" ", 3)
@@ -254,6 +256,8 @@ def test_the_page(served, tiny, tmp_path):
         press("Backspace", 2)
         do(lambda: page.click("#left"), 3)
         do(lambda: page.tap("#right"), 4)
+        left, right = choices.lines[2:]
+        assert (left["answer"], right["answer"]) == (1 - left["left"], right["left"])
         do(page.reload, 4)
         page.evaluate("state.start = 'an earlier one'")
         with page.expect_navigation():
